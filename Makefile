@@ -1,0 +1,43 @@
+# Every target makes .venv when it is missing and installs what it needs into it, once per change
+# of pyproject.toml or constraints.txt.
+#   make demo ARGS="--rate 1gbit"      make test ARGS="-k policy"      make test PYTHON=python3.13
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+
+.PHONY: demo test lint bench loss faults clean
+
+demo: $(VENV)/.installed-plot      ## four emulated hosts train a small GPT: plain DDP, bf16, int8+ef, int4+ef
+	$(BIN)/commlib demo $(ARGS)
+
+loss: $(VENV)/.installed-plot      ## what each scheme costs in held-out loss, paired seeds, no network limit
+	$(BIN)/commlib demo --loss --seeds 3 $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-bench    ## kernels, codecs and hook overhead, saved as JSON
+	mkdir -p bench/results/local
+	$(BIN)/python -m pytest bench --benchmark-json=bench/results/local/bench.json $(ARGS)
+
+faults: $(VENV)/.installed-dev     ## kill peers at random moments, 200 times: nobody hangs
+	$(BIN)/python -m bench.faults --trials 200 $(ARGS)
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+clean:                             ## what tools and builds leave behind; .venv stays
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks bench/results/local
+	rm -rf *.egg-info kernels/*.egg-info
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

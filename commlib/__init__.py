@@ -1,0 +1,40 @@
+"""Distributed training in PyTorch that talks less.
+
+The public names, imported on first use: importing commlib itself compiles nothing, queries no
+device and starts no thread.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from commlib.codecs import codec
+    from commlib.communicator import Communicator, exact
+    from commlib.integrations.ddp import of, wrap
+    from commlib.policy import Policy, Scheme
+
+__version__ = "0.1.0"
+
+__all__ = ["Communicator", "Policy", "Scheme", "__version__", "codec", "exact", "of", "wrap"]
+
+_HOME = {
+    "Communicator": "commlib.communicator",
+    "Policy": "commlib.policy",
+    "Scheme": "commlib.policy",
+    "codec": "commlib.codecs",
+    "exact": "commlib.communicator",
+    "of": "commlib.integrations.ddp",
+    "wrap": "commlib.integrations.ddp",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'commlib' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value  # the next access is a plain lookup
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

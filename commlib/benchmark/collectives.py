@@ -1,0 +1,228 @@
+"""Collectives side by side on one link: the library's own, a no-op, the bare link, commlib's.
+
+Every rank runs `run(bench)`. For each size the contestants take turns in one fixed order, round
+after round (see timing.py). A time is the slowest rank's, counted from a barrier. The number of
+rounds is decided by rank 0 from its clock and broadcast, so all ranks do the same.
+
+Bandwidths follow nccl-tests: algbw = size / p50, busbw = algbw * the share of the size that a rank
+must send in fp32, 2(W-1)/W for all_reduce and (W-1)/W for its halves.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from tqdm import trange
+
+from .contestants import Buffers, Contestant, Measured, contestants
+from .rows import Row
+from .timing import paired_ratio, percentile, rounds_within
+from .units import format_size
+
+WARMUP = 2  # rounds: the first agrees, compiles and allocates, the second is a true one
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What to measure. Sizes are bytes of the whole fp32 tensor; `rate` is the line's bits/s."""
+
+    op: str
+    schemes: tuple[str, ...]
+    sizes: tuple[int, ...]
+    rate: float | None = None
+    link: str = "loopback"
+    iters: int | None = None  # rounds per size; None: as many as fit in `budget`
+    budget: float = 20.0  # seconds per size
+    timeout: float = 300.0  # seconds until a collective gives up
+    seed: int = 0
+
+
+def sizes_between(smallest: int, largest: int, factor: int) -> tuple[int, ...]:
+    """`smallest`, times `factor`, ... up to `largest`, which is always among them."""
+    if not 0 < smallest <= largest or factor < 2:
+        raise ValueError(
+            f"sizes from {smallest} to {largest} in steps of x{factor}: the smallest must be "
+            "positive and at most the largest, the factor at least 2"
+        )
+    sizes = []
+    size = smallest
+    while size < largest:
+        sizes.append(size)
+        size *= factor
+    return (*sizes, largest)
+
+
+def run(
+    bench: Bench,
+    on_rows: Callable[[list[Row]], object] | None = None,
+    *,
+    progress: bool = False,
+) -> list[Row]:
+    """Measure on every rank of the default group; rows are complete on rank 0, empty elsewhere.
+
+    `on_rows` gets the rows of a size as soon as they are known (rank 0 only); `progress` shows a
+    bar of the rounds on a terminal.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    rows: list[Row] = []
+    with _communicators(bench) as communicators:
+        for size in bench.sizes:
+            buffers = Buffers(bench.op, size, rank, world, bench.seed)
+            players = contestants(buffers, communicators)
+            times, errors = _measure(bench, buffers, players, progress)
+            sent = _worst([float(c.sent()) for c in players])
+            for communicator in communicators.values():
+                communicator.reset()  # residuals of a size that does not come back
+            if rank == 0:
+                found = _rows(bench, buffers, players, times, errors, sent)
+                rows += found
+                if on_rows is not None:
+                    on_rows(found)
+    return rows
+
+
+@contextmanager
+def process_group(timeout: float) -> Iterator[None]:
+    """The default gloo group of RANK, WORLD_SIZE and MASTER_*; destroyed at the end, always."""
+    if dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    try:
+        yield
+        dist.barrier()  # nobody tears the group down while another still reads from it
+    finally:
+        # gloo aborts the process at exit where a group is left, or a reference to it in a cycle
+        dist.destroy_process_group()
+        gc.collect()
+
+
+@contextmanager
+def _communicators(bench: Bench) -> Iterator[dict[str, Measured]]:
+    meters = {
+        scheme: Measured(scheme, timeout=bench.timeout, seed=bench.seed) for scheme in bench.schemes
+    }
+    try:
+        yield meters
+    finally:
+        for meter in meters.values():
+            meter.communicator.close()
+
+
+def _measure(
+    bench: Bench, buffers: Buffers, players: list[Contestant], progress: bool
+) -> tuple[list[list[float]], list[float | None]]:
+    """Seconds of the slowest rank per contestant and round; relative error of the first message."""
+    places, mine = buffers.sample()
+    dist.all_reduce(mine)
+    errors: list[float | None] = [None] * len(players)
+    for turn in range(WARMUP):
+        start = time.perf_counter()
+        for i, contestant in enumerate(players):
+            _turn(buffers, contestant)
+            # of the first: later ones also pay back what error feedback kept from it
+            if turn == 0 and contestant.checked:
+                errors[i] = _relative_error(buffers, places, mine)
+        seconds = time.perf_counter() - start
+    rounds = bench.iters or _from_rank_0(rounds_within(bench.budget, seconds))
+    bar = trange(
+        rounds,
+        desc=format_size(buffers.numel * 4),
+        unit=" rounds",
+        leave=False,
+        disable=None if progress else True,  # None: only on a terminal
+    )
+    local = [[_turn(buffers, c) for c in players] for _ in bar]
+    flat = _worst([t for one in local for t in one])
+    n = len(players)
+    return [flat[i::n] for i in range(n)], errors
+
+
+def _turn(buffers: Buffers, contestant: Contestant) -> float:
+    buffers.reset()
+    dist.barrier()
+    start = time.perf_counter()
+    contestant.run()
+    return time.perf_counter() - start
+
+
+def _relative_error(buffers: Buffers, places: torch.Tensor, exact: torch.Tensor) -> float:
+    """|result - exact| / |exact| over the sampled places of all ranks, in fp64."""
+    held, result = buffers.result_at(places)
+    exact = exact[held]
+    sums = torch.stack([((result - exact) ** 2).sum(), (exact**2).sum()])
+    dist.all_reduce(sums)
+    return float((sums[0] / sums[1]).sqrt()) if sums[1] > 0 else 0.0
+
+
+def _worst(values: list[float]) -> list[float]:
+    """The largest of each value over all ranks."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return [float(v) for v in tensor.tolist()]
+
+
+def _from_rank_0(value: int) -> int:
+    tensor = torch.tensor([value])
+    dist.broadcast(tensor, src=0)
+    return int(tensor.item())
+
+
+def _rows(
+    bench: Bench,
+    buffers: Buffers,
+    players: list[Contestant],
+    times: list[list[float]],
+    errors: list[float | None],
+    sent: list[float],
+) -> list[Row]:
+    size, must = buffers.numel * 4, buffers.must_send()
+    base = times[0]
+    found = []
+    for i, contestant in enumerate(players):
+        p50 = percentile(times[i], 50)
+        ratio = paired_ratio(times[i], base) if i and contestant.checked else None
+        algbw = size / p50 / 1e9 if contestant.checked else None
+        wire = int(sent[i])
+        # the bare link's bus bandwidth is what it carried; a collective's what fp32 would have
+        busbw = (must if contestant.checked else wire) / p50 / 1e9
+        found.append(
+            Row(
+                op=bench.op,
+                scheme=contestant.scheme,
+                backend=contestant.backend,
+                ranks=buffers.world,
+                size_bytes=size,
+                wire_bytes=wire,
+                ms_p50=p50 * 1e3,
+                ms_p80=percentile(times[i], 80) * 1e3,
+                algbw_GBps=algbw,
+                busbw_GBps=busbw if contestant.scheme != "noop" else None,
+                rel_err=_finite(errors[i]),
+                speedup=percentile(base, 50) / p50 if contestant.checked else None,
+                link=bench.link,
+                ratio=ratio.median if ratio else None,
+                ratio_ci_low=ratio.low if ratio else None,
+                ratio_ci_high=ratio.high if ratio else None,
+                wire_efficiency=wire * 8 / bench.rate / p50 if bench.rate and wire else None,
+                wire_ratio=must / wire if wire and contestant.checked else None,
+                iters=len(times[i]),
+                threads=torch.get_num_threads(),
+                chosen=contestant.chosen,
+            )
+        )
+    return found
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN: an error that is not a number is a broken contestant, and said so."""
+    if value is not None and value != value:
+        raise RuntimeError("a contestant left its output unwritten: the relative error is NaN")
+    return value

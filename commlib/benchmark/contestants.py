@@ -1,0 +1,179 @@
+"""Who takes part in a collective benchmark, and the buffers they all work on.
+
+gloo fp32   torch.distributed's own collective on the tensor as it is: every ratio's base
+gloo bf16   cast to bf16, the library's collective, cast back: what a bf16 hook does
+noop        a barrier and nothing else: the least any collective costs here
+raw a2a     all_to_all_single of uint8 at the tensor's size: what the link carries
+SCHEME      commlib's Communicator under that scheme, or under `auto`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from commlib_kernels import backend_for
+
+from ..communicator import Communicator
+from ..policy import Policy, Role, Rule, Scheme, TensorInfo
+from ..transport import TorchTransport
+
+OPS = ("all_reduce", "reduce_scatter", "all_gather")
+SAMPLE = 1 << 18  # elements compared for rel_err: 2 MiB of fp64 cross the link once per size
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Something to time: `run` from inputs that `prepare` made ready; `sent` bytes of one run."""
+
+    scheme: str
+    backend: str
+    run: Callable[[], object]
+    sent: Callable[[], int]  # bytes this rank sent in the last run
+    checked: bool = True  # whether the buffers hold the collective's result afterwards
+    chosen: str | None = None
+
+
+class Buffers:
+    """Inputs and outputs of one collective at one size; `reset` puts the inputs back.
+
+    `numel` is rounded down to a multiple of W, at least W, so that every rank owns an equal part.
+    """
+
+    def __init__(self, op: str, size_bytes: int, rank: int, world: int, seed: int) -> None:
+        if op not in OPS:
+            raise ValueError(f"collective {op!r} is not one of {', '.join(OPS)}")
+        self.op, self.rank, self.world = op, rank, world
+        self.part = max(1, size_bytes // (4 * world))
+        self.numel = self.part * world
+        generator = torch.Generator().manual_seed(seed * 1009 + rank)
+        mine = self.part if op == "all_gather" else self.numel
+        self.source = torch.randn(mine, generator=generator)
+        self.input = self.source.clone()
+        self.output = {
+            "all_reduce": self.input,
+            "reduce_scatter": torch.empty(self.part),
+            "all_gather": torch.empty(self.numel),
+        }[op]
+
+    def reset(self) -> None:
+        """The input as it was; the output is spoilt, so that an idle contestant shows."""
+        self.input.copy_(self.source)
+        if self.output is not self.input:
+            self.output.fill_(float("nan"))
+
+    def must_send(self) -> int:
+        """Bytes a rank must send in fp32 by the best algorithm there is."""
+        halves = 2 if self.op == "all_reduce" else 1
+        return halves * (self.world - 1) * self.part * 4
+
+    def sample(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places in the whole tensor, strided, and this rank's fp64 contribution at each."""
+        stride = max(1, self.numel // SAMPLE) | 1  # odd: visits every place of a block
+        places = torch.arange(0, self.numel, stride)
+        if self.op != "all_gather":
+            return places, self.source[places].double()
+        mine = (places // self.part) == self.rank
+        values = torch.zeros(len(places), dtype=torch.float64)
+        values[mine] = self.source[places[mine] - self.rank * self.part].double()
+        return places, values
+
+    def result_at(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which of `places` this rank holds results of, and those results in fp64."""
+        if self.op != "reduce_scatter":
+            return torch.ones(len(places), dtype=torch.bool), self.output[places].double()
+        mine = (places // self.part) == self.rank
+        return mine, self.output[places[mine] - self.rank * self.part].double()
+
+
+class Measured:
+    """A communicator with the transport whose bytes it moves."""
+
+    def __init__(self, scheme: str, *, timeout: float, seed: int) -> None:
+        self.transport = TorchTransport(timeout=timeout)
+        # one rule for everything: Policy.parse would leave flat and tiny tensors alone
+        policy = "auto" if scheme == "auto" else Policy((Rule(Scheme.parse(scheme)),))
+        self.communicator = Communicator(self.transport, policy, seed=seed)
+        self.last = 0
+
+    def reset(self) -> None:
+        self.communicator.reset()
+
+    def timed(self, call: Callable[[], object]) -> Callable[[], object]:
+        def run() -> None:
+            before = self.transport.bytes_sent
+            call()
+            self.last = self.transport.bytes_sent - before
+
+        return run
+
+    def contestant(self, scheme: str, buffers: Buffers) -> Contestant:
+        comm, key = self.communicator, f"bench{buffers.numel}"
+        x, out = buffers.input.view(1, -1), buffers.output.view(1, -1)
+        role = Role.PARAMETER if buffers.op == "all_gather" else Role.GRADIENT
+        call: Callable[[], object] = {
+            "all_reduce": lambda: comm.all_reduce(x, key).wait(),
+            "reduce_scatter": lambda: comm.reduce_scatter(out, x, key).wait(),
+            "all_gather": lambda: comm.all_gather(out, x, key, role=role).wait(),
+        }[buffers.op]
+        info = TensorInfo(key, buffers.numel, torch.float32, role, ndim=2)
+        chosen = str(comm.policy.choose(info))
+        return Contestant(
+            scheme,
+            backend_for(x.device).name,
+            self.timed(call),
+            lambda: self.last,
+            chosen=chosen if scheme == "auto" or chosen == "fp32" != scheme else None,
+        )
+
+
+def contestants(buffers: Buffers, measured: dict[str, Measured]) -> list[Contestant]:
+    """The library's own, the floor and the link, then one per scheme; the first is the base."""
+    library, must = str(dist.get_backend()), buffers.must_send()
+    half_in = buffers.input.bfloat16()
+    half_out = half_in if buffers.op == "all_reduce" else buffers.output.bfloat16()
+    raw = buffers.numel * 4 // buffers.world * buffers.world
+    raw_in, raw_out = torch.zeros(raw, dtype=torch.uint8), torch.empty(raw, dtype=torch.uint8)
+    raw_sent = raw // buffers.world * (buffers.world - 1)
+
+    def bf16() -> None:
+        half_in.copy_(buffers.input)
+        _library(buffers.op, half_out, half_in)
+        buffers.output.copy_(half_out)
+
+    return [
+        Contestant(
+            f"{library} fp32",
+            library,
+            lambda: _library(buffers.op, buffers.output, buffers.input),
+            lambda: must,
+        ),
+        Contestant(f"{library} bf16", library, bf16, lambda: must // 2),
+        Contestant("noop", library, dist.barrier, lambda: 0, checked=False),
+        Contestant(
+            "raw a2a",
+            library,
+            lambda: dist.all_to_all_single(raw_out, raw_in),
+            lambda: raw_sent,
+            checked=False,
+        ),
+        *(one.contestant(scheme, buffers) for scheme, one in measured.items()),
+    ]
+
+
+def _library(op: str, out: torch.Tensor, x: torch.Tensor) -> None:
+    if op == "all_reduce":
+        dist.all_reduce(x)
+    elif op == "reduce_scatter":
+        _named("reduce_scatter_single", "reduce_scatter_tensor")(out, x)
+    else:
+        _named("all_gather_single", "all_gather_into_tensor")(out, x)
+
+
+def _named(new: str, old: str) -> Any:
+    """A function of torch.distributed by its name since torch 2.13, else by its older one."""
+    return getattr(dist, new, None) or getattr(dist, old)

@@ -1,0 +1,189 @@
+"""What all collectives share: how they take turns, cut themselves into slices and name their costs.
+
+A collective is a generator, so that the next message can be coded while this one is on the wire. It
+yields, in this order,
+
+    READY      "my local work so far is done, I want to issue": answered True (it has the turn) or
+    PARKED     False (READY: do more local work; PARKED: there is no more until it has the turn)
+    a Pending  "I need this exchange done before I go on"; any number
+    ISSUED     "I shall issue nothing more": the next message may have the turn
+
+Exchanges are issued only by the message that has the turn, and turns follow the order of the calls:
+so all ranks issue the same exchanges in the same order, whatever their timing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+from torch.autograd import profiler
+
+from commlib_kernels.layout import Layout
+
+from ..codecs.base import Codec
+from ..feedback import OWNER, Compressor, Key, Plain, owner_key
+from ..scheme import Scheme, TwoPhase
+from ..topology import Topology
+from ..traffic import Pending, Transport
+from .pool import Pool
+
+# Bytes of wire (all payloads) per slice. At 1 Gbit/s and 4 ranks two to six slices were best from
+# 2 MiB of wire on (64 MiB as int4: 1 slice 167 ms, 2 140, 4 136, 6 130); every further exchange
+# costs 1 to 4 ms on busy cores, so smaller ones lose.
+SLICE_BYTES = 1 << 20
+MAX_SLICES = 6
+
+
+class Step(Enum):
+    """What a collective asks of the one who runs it."""
+
+    READY = "ready"
+    PARKED = "parked"
+    ISSUED = "issued"
+
+
+Steps = Generator[Step | Pending, bool, None]
+
+
+class Algorithm(NamedTuple):
+    """A row of the table of collectives.
+
+    run(x, transport, compressor, key, layout, pool, *, factor, hold, back, slices) -> Steps
+    wire_bytes(layout, scheme, topology): bytes a rank sends.
+    seconds(layout, scheme, topology): time on the links; coding comes on top.
+    """
+
+    run: Callable[..., Steps]
+    wire_bytes: Callable[[Layout, Scheme, Topology], int]
+    seconds: Callable[[Layout, Scheme, Topology], float]
+
+
+def drive(steps: Steps, wait: Callable[[Pending], None] = lambda pending: pending.wait()) -> None:
+    """Run a collective to its end on this thread, with `wait` for its exchanges."""
+    answer: bool | None = None
+    try:
+        while True:
+            step = steps.send(answer)  # type: ignore[arg-type]  # None starts a generator
+            if not isinstance(step, Step):
+                wait(step)
+            answer = True
+    except StopIteration:
+        return
+
+
+def span(name: str) -> AbstractContextManager[object]:
+    """A `record_function` range commlib.NAME, free while no profiler runs."""
+    if profiler._is_profiler_enabled:
+        return torch.profiler.record_function(f"commlib.{name}")
+    return nullcontext()
+
+
+def num_slices(codec: Codec, wire_bytes: int, asked: int | None = None) -> int:
+    """Slices of a message with `wire_bytes` bytes of wire: a function of what all ranks know."""
+    if not codec.sliceable:
+        return 1
+    return asked or max(1, min(MAX_SLICES, wire_bytes // SLICE_BYTES))
+
+
+def parts(codec: Codec, layout: Layout, asked: int | None = None) -> list[Layout]:
+    """`layout` cut into its slices."""
+    count = num_slices(codec, codec.nbytes(layout), asked)
+    return [layout] if count == 1 else [layout.slice(s, count) for s in range(count)]
+
+
+def encode_parts(
+    compressor: Compressor,
+    key: Key,
+    x: torch.Tensor,
+    wires: list[torch.Tensor],
+    layouts: list[Layout],
+    hold: tuple[int, ...],
+) -> Generator[Step, bool, int]:
+    """Code slices while waiting for the turn; returns how many are coded when it comes.
+
+    The caller codes the rest, each after issuing the one before.
+    """
+    done = 0
+    while True:
+        if done < len(layouts):
+            with span("encode"):
+                compressor.compress(key, x, wires[done], layouts[done], hold=hold)
+            done += 1
+        if (yield Step.READY if done < len(layouts) else Step.PARKED):
+            return done
+
+
+def reduced_key(key: Key) -> Key:
+    """The owner's key; anonymous messages have a stream of random numbers for owners."""
+    return OWNER if key is None else owner_key(key)
+
+
+def begin(compressor: Compressor, key: Key, back: Compressor | None = None) -> None:
+    """Start the next message of `key`, on both sides."""
+    if key is None and compressor.feedback != Plain():
+        raise ValueError(
+            f"{compressor.codec}+{compressor.feedback} needs a key: no key, no memory; give the "
+            "tensor a name or use the codec without feedback"
+        )
+    compressor.advance(key)
+    (back or compressor).advance(reduced_key(key))
+
+
+def scale_(x: torch.Tensor, layout: Layout, factor: float) -> None:
+    """Multiply the elements that `layout` covers, in place."""
+    if factor == 1.0:
+        return
+    if not layout.offsets:
+        x[: layout.numel].mul_(factor)
+        return
+    for start, size in zip(layout.starts, layout.sizes, strict=True):
+        x[start : start + size].mul_(factor)
+
+
+def message(
+    layout: Layout, codec: Codec, ranks: int, back: Codec | None = None, *, stacked: bool = False
+) -> Layout:
+    """`layout` as a message of `ranks` payloads under `codec` (and `back`)."""
+    align = math.lcm(codec.align, back.align) if back is not None else codec.align
+    return Layout(
+        layout.sizes,
+        layout.dtype,
+        ranks=ranks,
+        exact=layout.exact,
+        offsets=layout.offsets,
+        align=align,
+        stacked=stacked,
+    )
+
+
+def scheme_wires(layout: Layout, scheme: Scheme, topology: Topology) -> tuple[int, int]:
+    """Bytes of one payload in the first and in the second exchange of `scheme`."""
+    config = scheme.algorithm
+    back = config.back if isinstance(config, TwoPhase) else None
+    whole = message(layout, scheme.codec, topology.size, back)
+    first = scheme.codec.nbytes(whole) // topology.size
+    return first, first if back is None else back.nbytes(whole) // topology.size
+
+
+__all__ = [
+    "Algorithm",
+    "Pool",
+    "Step",
+    "Steps",
+    "Transport",
+    "begin",
+    "drive",
+    "encode_parts",
+    "message",
+    "num_slices",
+    "parts",
+    "reduced_key",
+    "scale_",
+    "scheme_wires",
+    "span",
+]

@@ -1,0 +1,197 @@
+"""Two-phase all-reduce: compressed reduce-scatter, then compressed all-gather.
+
+    1  rank r codes its W chunks into one wire          | c0 | c1 | .. |   W payloads
+       all-to-all: the owner of chunk j gets W payloads of it
+    2  the owner decodes them, sums in fp32 in rank order, times factor, codes the sum
+       all-gather: everybody gets the owners' W payloads and decodes them, the owner too
+
+Two quantizations whatever W is, and the same bits on every rank. Bytes a rank sends, with payloads
+of p and q bytes in the two exchanges: (W-1) p + (W-1) q.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from commlib_kernels.layout import Layout
+
+from ..feedback import Compressor, Key
+from ..scheme import Scheme
+from ..topology import Topology
+from ..traffic import Transport
+from .base import (
+    Step,
+    Steps,
+    begin,
+    encode_parts,
+    message,
+    parts,
+    reduced_key,
+    scale_,
+    scheme_wires,
+    span,
+)
+from .pool import Pool
+
+
+def all_reduce(
+    x: torch.Tensor,
+    transport: Transport,
+    compressor: Compressor,
+    key: Key,
+    layout: Layout,
+    pool: Pool,
+    *,
+    factor: float = 1.0,
+    hold: tuple[int, ...] = (),
+    back: Compressor | None = None,
+    slices: int | None = None,
+) -> Steps:
+    """Replace flat `x` by `factor` times the sum over ranks, on all ranks alike.
+
+    layout: of x (any `ranks`). hold: segments whose residual stays as it is, the sender's and the
+    owner's. back: codes the second half; None is `compressor`. With one rank x is only multiplied.
+    """
+    if transport.size == 1:
+        scale_(x, layout, factor)
+        return
+    codec = compressor.codec
+    second = back or compressor
+    layout = message(layout, codec, transport.size, back.codec if back else None)
+    begin(compressor, key, back)
+    owner, rank = reduced_key(key), transport.rank
+    layouts = parts(codec, layout, slices if second.codec.sliceable else 1)
+    wires = [pool.take(codec.nbytes(part)) for part in layouts]
+    done = yield from encode_parts(compressor, key, x, wires, layouts, hold)
+
+    got, exchanges = [], []
+    for number, part in enumerate(layouts):
+        if number >= done:
+            with span("encode"):
+                compressor.compress(key, x, wires[number], part, hold=hold)
+        got.append(pool.take(wires[number].numel()))
+        with span("exchange"):
+            exchanges.append(transport.all_to_all(got[-1], wires[number]))
+
+    mine, gathered, gathers = [], [], []
+    for number, part in enumerate(layouts):
+        yield exchanges[number]
+        chunk = part.only(rank)
+        mine.append(pool.take(second.codec.nbytes(chunk)))
+        with span("reduce"):
+            if back is None:
+                compressor.reduce(owner, got[number], mine[-1], chunk, factor=factor, hold=hold)
+            else:
+                buffer = pool.take(chunk.chunk_numel(rank) * x.itemsize)
+                dense = buffer.view(x.dtype)
+                compressor.reduce(owner, got[number], dense, chunk, factor=factor)
+                back.compress(owner, dense, mine[-1], part.only(rank, dense=True), hold=hold)
+                pool.give(buffer)
+        pool.give(got[number], wires[number])
+        gathered.append(pool.take(mine[-1].numel() * transport.size))
+        with span("exchange"):
+            gathers.append(transport.all_gather(gathered[-1], mine[-1]))
+    yield Step.ISSUED
+
+    for number, part in enumerate(layouts):
+        yield gathers[number]
+        with span("decode"):
+            second.decompress(owner, gathered[number], x, part)
+        pool.give(gathered[number], mine[number])
+
+
+def reduce_scatter(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    transport: Transport,
+    compressor: Compressor,
+    key: Key,
+    layout: Layout,
+    pool: Pool,
+    *,
+    factor: float = 1.0,
+    slices: int | None = None,
+) -> Steps:
+    """`out` becomes `factor` times the sum over ranks of their row r of `x`, on rank r.
+
+    x: W rows like `out`, flat. layout: of one row. One quantization: the sum stays dense.
+    """
+    if transport.size == 1:
+        out.copy_(x)
+        scale_(out, layout, factor)
+        return
+    codec, rank = compressor.codec, transport.rank
+    layout = message(layout, codec, transport.size, stacked=True)
+    begin(compressor, key)
+    layouts = parts(codec, layout, slices)
+    wires = [pool.take(codec.nbytes(part)) for part in layouts]
+    done = yield from encode_parts(compressor, key, x, wires, layouts, ())
+    got, exchanges = [], []
+    for number, part in enumerate(layouts):
+        if number >= done:
+            with span("encode"):
+                compressor.compress(key, x, wires[number], part)
+        got.append(pool.take(wires[number].numel()))
+        with span("exchange"):
+            exchanges.append(transport.all_to_all(got[-1], wires[number]))
+    yield Step.ISSUED
+    for number, part in enumerate(layouts):
+        yield exchanges[number]
+        with span("reduce"):
+            compressor.reduce(reduced_key(key), got[number], out, part.only(rank), factor=factor)
+        pool.give(got[number], wires[number])
+
+
+def all_gather(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    transport: Transport,
+    compressor: Compressor,
+    key: Key,
+    layout: Layout,
+    pool: Pool,
+    *,
+    slices: int | None = None,
+) -> Steps:
+    """`out` becomes the ranks' `x`, in rank order, the same bits on all ranks.
+
+    x may lie inside `out`. layout: of x. With one rank `out` is a copy.
+    """
+    if transport.size == 1:
+        out.copy_(x)
+        return
+    codec = compressor.codec
+    one = message(layout, codec, 1)
+    rows = message(layout, codec, transport.size, stacked=True)
+    compressor.advance(key)
+    # slices by the bytes of all rows: what the exchange moves
+    count = len(parts(codec, rows, slices))
+    layouts = parts(codec, one, count)
+    wires = [pool.take(codec.nbytes(part)) for part in layouts]
+    done = yield from encode_parts(compressor, key, x, wires, layouts, ())
+    gathered, gathers = [], []
+    for number, part in enumerate(layouts):
+        if number >= done:
+            with span("encode"):
+                compressor.compress(key, x, wires[number], part)
+        gathered.append(pool.take(wires[number].numel() * transport.size))
+        with span("exchange"):
+            gathers.append(transport.all_gather(gathered[-1], wires[number]))
+    yield Step.ISSUED
+    for number, part in enumerate(parts(codec, rows, count)):
+        yield gathers[number]
+        with span("decode"):
+            compressor.decompress(key, gathered[number], out, part)
+        pool.give(gathered[number], wires[number])
+
+
+def wire_bytes(layout: Layout, scheme: Scheme, topology: Topology) -> int:
+    """Bytes a rank sends in `all_reduce`: (W-1) (p + q)."""
+    return (topology.size - 1) * sum(scheme_wires(layout, scheme, topology))
+
+
+def seconds(layout: Layout, scheme: Scheme, topology: Topology) -> float:
+    """Two exchanges of W-1 payloads each, one latency per exchange."""
+    if topology.size == 1:
+        return 0.0
+    return topology.link.seconds(wire_bytes(layout, scheme, topology), messages=2)

@@ -1,0 +1,71 @@
+"""Compressors: one per (codec, feedback) of a communicator, and all they remember."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from commlib_kernels import backend_for
+
+from .codecs.base import Codec
+from .feedback import Compressor, Feedback
+from .scheme import Scheme, TwoPhase
+
+
+class Compressors:
+    """Made on first use, with their kernels compiled.
+
+    seed: of the random streams. rank: of this process in its group.
+    """
+
+    def __init__(self, device: torch.device, seed: int, rank: int) -> None:
+        self._device, self._seed, self._rank = device, seed, rank
+        self._made: dict[tuple[Codec, Feedback], Compressor] = {}
+
+    def of(self, scheme: Scheme) -> Compressor:
+        """The compressor of `scheme`."""
+        return self._made.get((scheme.codec, scheme.feedback)) or self._make(
+            scheme.codec, scheme.feedback
+        )
+
+    def back(self, scheme: Scheme) -> Compressor | None:
+        """The compressor of its second half, where that is another one."""
+        config = scheme.algorithm
+        codec = config.back if isinstance(config, TwoPhase) else None
+        if codec is None or codec == scheme.codec:
+            return None
+        return self._made.get((codec, scheme.feedback)) or self._make(codec, scheme.feedback)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What each remembers, by `CODEC+FEEDBACK`."""
+        return {
+            str(codec) + (f"+{memory}" if str(memory) else ""): compressor.state_dict()
+            for (codec, memory), compressor in self._made.items()
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`; what is not in it is forgotten."""
+        self._made.clear()
+        for text, saved in state.items():
+            self.of(Scheme.parse(text)).load_state_dict(saved)
+
+    def reset(self) -> None:
+        for compressor in self._made.values():
+            compressor.reset()
+
+    def rescale(self, factor: float) -> None:
+        for compressor in self._made.values():
+            compressor.rescale(factor)
+
+    def nbytes(self) -> int:
+        return sum(compressor.nbytes() for compressor in self._made.values())
+
+    def _make(self, codec: Codec, memory: Feedback) -> Compressor:
+        made = Compressor(codec, memory, seed=self._seed, rank=self._rank)
+        # Here, before ranks wait for each other: a first compilation takes seconds.
+        warmup = getattr(backend_for(self._device), "warmup", None)
+        if warmup is not None:
+            warmup(codec.format)
+        self._made[codec, memory] = made
+        return made

@@ -1,0 +1,340 @@
+"""torch.distributed's names, compressed: `import commlib.distributed as dist`.
+
+    import commlib.distributed as dist
+    dist.init_process_group("gloo")
+    dist.set_policy("int8")                    # of the default group; else COMMLIB_POLICY or "auto"
+    dist.all_reduce(x, op=dist.ReduceOp.AVG)   # two phases, int8 on the wire
+    dist.barrier()                             # torch's own, like every name not listed here
+
+Compressed by the group's policy: `all_reduce`, `reduce_scatter*`, `all_gather*`,
+`all_to_all_single`, `broadcast`, for fp32, fp16 and bf16 tensors under SUM, AVG and PREMUL_SUM.
+Other dtypes and operations are torch's own. All ranks end with the same bits, the source of a
+broadcast included. In the rules of a policy, the role is gradient for reductions, parameter for
+all_gather and broadcast, activation for all_to_all: one rule per role keeps weights exact.
+
+Two keywords more than torch's:
+
+    scheme  the scheme of this call instead of the policy's; ValueError where the tensor cannot
+            take it.
+    key     a name of this tensor alone: gives it a memory, which `+ef` schemes need.
+
+A tensor without a key is anonymous and nothing is remembered of it: a policy with `+ef` then works
+without its feedback (said once, in the log), an explicit `scheme` with `+ef` is refused.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as _torch
+
+from commlib.communicator import Communicator, Work
+from commlib.integrations import groups
+from commlib.policy import Policy, Role, Scheme
+from commlib.scheme import DTYPES
+
+ReduceOp = _torch.ReduceOp
+Group = _torch.ProcessGroup | None
+
+# torch renamed its flat collectives in 2.13 and warns about the old names.
+_all_gather_flat = getattr(_torch, "all_gather_single", None) or _torch.all_gather_into_tensor
+_reduce_scatter_flat = (
+    getattr(_torch, "reduce_scatter_single", None) or _torch.reduce_scatter_tensor
+)
+
+
+def set_policy(policy: str | Scheme | Policy | dict[str, Any], group: Group = None) -> None:
+    """Compress the collectives of `group` by `policy`, from the next call on.
+
+    All ranks of the group call it alike. Residuals under keys start from zero again.
+
+    Args:
+        policy: scheme text, `Policy`, table, path of a policy file, or "auto": measure the group
+            and compress where it is faster.
+        group: None is the default group.
+    """
+    groups.set_policy(groups.member(group), policy)
+
+
+def communicator(group: Group = None) -> Communicator:
+    """What compresses the collectives of `group`: its `stats()`, `state_dict()`, `reset()`."""
+    return groups.communicator(groups.member(group))
+
+
+def destroy_process_group(group: Group = None) -> None:
+    """torch's, after the communicators of the group (None: of all groups) have stopped."""
+    groups.stop(group)
+    _torch.destroy_process_group(group)
+
+
+def all_reduce(
+    tensor: torch.Tensor,
+    op: Any = ReduceOp.SUM,
+    group: Group = None,
+    async_op: bool = False,
+    *,
+    scheme: str | Scheme | None = None,
+    key: str | None = None,
+) -> Any:
+    """`tensor` becomes the reduction over all ranks, in place: `factor * sum_r Q(tensor_r)`."""
+    route = _route("all_reduce", group, scheme, key, op, tensor)
+    if route is None:
+        return _torch.all_reduce(tensor, op, group, async_op)
+    factor = _factor(op, route.size)
+    work = route.all_reduce(tensor, key, factor=factor, scheme=scheme, async_op=async_op)
+    return _finish(work, async_op, tensor)
+
+
+def reduce_scatter_single(
+    output: torch.Tensor,
+    input: torch.Tensor,
+    op: Any = ReduceOp.SUM,
+    group: Group = None,
+    async_op: bool = False,
+    *,
+    scheme: str | Scheme | None = None,
+    key: str | None = None,
+) -> Any:
+    """`output` on rank r becomes the reduction of all ranks' r-th part of `input`."""
+    route = _route("reduce_scatter", group, scheme, key, op, input, output)
+    if route is None:
+        return _reduce_scatter_flat(output, input, op, group, async_op)
+    factor = _factor(op, route.size)
+    work = route.reduce_scatter(output, input, key, factor=factor, scheme=scheme, async_op=async_op)
+    return _finish(work, async_op, output)
+
+
+reduce_scatter_tensor = reduce_scatter_single
+
+
+def reduce_scatter(
+    output: torch.Tensor,
+    input_list: list[torch.Tensor],
+    op: Any = ReduceOp.SUM,
+    group: Group = None,
+    async_op: bool = False,
+    *,
+    scheme: str | Scheme | None = None,
+    key: str | None = None,
+) -> Any:
+    """Like `reduce_scatter_single`, the parts given as a list."""
+    route = _route("reduce_scatter", group, scheme, key, op, output, *input_list)
+    if route is None or any(part.numel() != output.numel() for part in input_list):
+        return _torch.reduce_scatter(output, input_list, op, group, async_op)
+    flat = torch.cat([part.reshape(-1) for part in input_list])
+    factor = _factor(op, route.size)
+    work = route.reduce_scatter(
+        output.view(-1), flat, key, factor=factor, scheme=scheme, async_op=async_op
+    )
+    return _finish(work, async_op, output)
+
+
+def all_gather_single(
+    output_tensor: torch.Tensor,
+    input_tensor: torch.Tensor,
+    group: Group = None,
+    async_op: bool = False,
+    *,
+    scheme: str | Scheme | None = None,
+    key: str | None = None,
+) -> Any:
+    """`output_tensor` becomes all ranks' `input_tensor`, in rank order."""
+    route = _route("all_gather", group, scheme, key, None, output_tensor, input_tensor)
+    if route is None:
+        return _all_gather_flat(output_tensor, input_tensor, group, async_op)
+    work = route.all_gather(
+        output_tensor, input_tensor, key, role=Role.PARAMETER, scheme=scheme, async_op=async_op
+    )
+    return _finish(work, async_op, output_tensor)
+
+
+all_gather_into_tensor = all_gather_single
+
+
+def all_gather(
+    tensor_list: list[torch.Tensor],
+    tensor: torch.Tensor,
+    group: Group = None,
+    async_op: bool = False,
+    *,
+    scheme: str | Scheme | None = None,
+    key: str | None = None,
+) -> Any:
+    """Like `all_gather_single` into a list; parts of unequal size travel raw."""
+    route = _route("all_gather", group, scheme, key, None, tensor, *tensor_list)
+    if route is None or any(part.numel() != tensor.numel() for part in tensor_list):
+        return _torch.all_gather(tensor_list, tensor, group, async_op)
+    flat = tensor.new_empty(route.size * tensor.numel())
+    row = tensor.reshape(-1)
+    work = route.all_gather(flat, row, key, role=Role.PARAMETER, scheme=scheme, async_op=async_op)
+
+    def spread() -> None:
+        for part, row in zip(tensor_list, flat.view(route.size, -1), strict=True):
+            part.copy_(row.view_as(part))
+
+    return _finish(work, async_op, *tensor_list, after=spread)
+
+
+def all_to_all_single(
+    output: torch.Tensor,
+    input: torch.Tensor,
+    output_split_sizes: Sequence[int] | None = None,
+    input_split_sizes: Sequence[int] | None = None,
+    group: Group = None,
+    async_op: bool = False,
+    *,
+    scheme: str | Scheme | None = None,
+) -> Any:
+    """Part r of `input` goes to rank r, part r of `output` comes from it; splits are rows."""
+    route = _route("all_to_all", group, scheme, None, None, output, input)
+    if route is None:
+        return _torch.all_to_all_single(
+            output, input, output_split_sizes, input_split_sizes, group, async_op
+        )
+    out_splits = _elements(output, output_split_sizes, input_split_sizes, route.size)
+    in_splits = _elements(input, input_split_sizes, output_split_sizes, route.size)
+    work = route.all_to_all(
+        output,
+        input,
+        out_splits=out_splits,
+        in_splits=in_splits,
+        role=Role.ACTIVATION,
+        scheme=scheme,
+        async_op=async_op,
+    )
+    return _finish(work, async_op, output)
+
+
+def broadcast(
+    tensor: torch.Tensor,
+    src: int | None = None,
+    group: Group = None,
+    async_op: bool = False,
+    group_src: int | None = None,
+    *,
+    scheme: str | Scheme | None = None,
+) -> Any:
+    """`tensor` becomes the decoded tensor of rank `src` (of the world; `group_src`: of the group).
+
+    On the source too: with a lossy scheme its tensor changes to what the others get.
+    """
+    route = _route("broadcast", group, scheme, None, None, tensor)
+    if route is None:
+        return _torch.broadcast(tensor, src, group, async_op, group_src)
+    if src is None:
+        source = group_src
+    elif group_src is None:
+        source = _torch.get_group_rank(groups.member(group), src)
+    else:
+        source = None
+    if source is None:
+        raise ValueError(f"broadcast takes src or group_src, got src={src}, group_src={group_src}")
+    work = route.broadcast(tensor, source, role=Role.PARAMETER, scheme=scheme, async_op=async_op)
+    return _finish(work, async_op, tensor)
+
+
+class AsyncWork:
+    """What an asynchronous collective returns; the verbs of `torch.distributed.Work`."""
+
+    def __init__(self, work: Work, future: torch.futures.Future[list[torch.Tensor]]) -> None:
+        self._work = work
+        self._future = future
+
+    def wait(self, timeout: datetime.timedelta | float | None = None) -> bool:
+        """Block until the result is there; `timeout` in seconds, None or 0: the group's."""
+        if isinstance(timeout, datetime.timedelta):
+            timeout = timeout.total_seconds()
+        self._work.wait(timeout or None)
+        self._future.wait()
+        return True
+
+    def is_completed(self) -> bool:
+        return self._future.done()
+
+    def result(self) -> list[torch.Tensor]:
+        return self._future.wait()
+
+    def get_future(self) -> torch.futures.Future[list[torch.Tensor]]:
+        """Resolves to the list of outputs, as c10d's futures do."""
+        return self._future
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(_torch, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *dir(_torch)})
+
+
+def _route(
+    verb: str,
+    group: Group,
+    scheme: str | Scheme | None,
+    key: str | None,
+    op: Any,
+    *tensors: torch.Tensor,
+) -> Communicator | None:
+    """Who carries this call; None: torch. Decided by what all ranks know."""
+    group = group or _torch.group.WORLD
+    if not isinstance(group, _torch.ProcessGroup):  # not a member, or not initialised
+        return None
+    is_sum = op is None or _is_sum(op)
+    strided = all(isinstance(x, torch.Tensor) and x.layout is torch.strided for x in tensors)
+    if scheme is not None:
+        if not is_sum or not strided:
+            raise ValueError(
+                f"{verb}: a scheme takes dense tensors and SUM, AVG or PREMUL_SUM, got {op}; name "
+                "no scheme to have torch do it"
+            )
+        return groups.communicator(group)
+    if not is_sum or not strided or any(x.dtype not in DTYPES for x in tensors):
+        return None
+    if key is None:
+        groups.tell_anonymous(group)
+    return groups.communicator(group)
+
+
+def _is_sum(op: Any) -> bool:
+    return (
+        op == ReduceOp.SUM
+        or op == ReduceOp.AVG
+        or (op == ReduceOp.PREMUL_SUM and hasattr(op, "factor"))
+    )
+
+
+def _factor(op: Any, size: int) -> float:
+    """What the sum over `size` ranks is multiplied by."""
+    if op == ReduceOp.PREMUL_SUM:
+        return float(op.factor)
+    return 1.0 / size if op == ReduceOp.AVG else 1.0
+
+
+def _elements(
+    x: torch.Tensor, mine: Sequence[int] | None, other: Sequence[int] | None, size: int
+) -> list[int] | None:
+    """Split sizes in elements; torch counts rows, and either side may be left out."""
+    if not mine and not other:
+        return None
+    row = math.prod(x.shape[1:])
+    return [rows * row for rows in mine] if mine else [x.numel() // size] * size
+
+
+def _finish(
+    work: Work, async_op: bool, *outputs: torch.Tensor, after: Callable[[], None] | None = None
+) -> AsyncWork | None:
+    def outcome(done: torch.futures.Future[Any]) -> list[torch.Tensor]:
+        done.value()  # raises where the collective failed
+        if after is not None:
+            after()
+        return list(outputs)
+
+    if async_op:
+        return AsyncWork(work, work.get_future().then(outcome))
+    if after is not None:
+        after()
+    return None

@@ -1,0 +1,237 @@
+"""Engine: from a call to its plan, and what is remembered between calls.
+
+A call is checked, planned (once), agreed with the other ranks (once), and handed to the `Carrier`.
+Input that is refused touches neither network nor residuals. After a failure `state_dict` refuses to
+hand out the residuals of a message that never arrived.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+
+from .carrier import Carrier
+from .checked import WIRE_VERSION
+from .collectives import ALGORITHMS, Pool, Steps
+from .compressors import Compressors
+from .planner import measure
+from .planner import policy as measured_policy
+from .plans import Message, Plan, explicit, is_exact, single, why_raw
+from .policy import Policy, TensorInfo, raw
+from .scheme import Role, Scheme, TwoPhase
+from .telemetry import Meter
+from .traffic import Transport, check_tensor
+from .transport import ProcessGroup, TorchTransport
+
+DEFAULT_POLICY = "int8+ef"
+# What else moves are values, not increments: yesterday's residual has no place there.
+INCREMENTS = ("all_reduce", "reduce_scatter")
+
+
+class Engine:
+    """What all collectives of a communicator share.
+
+    Args:
+        group: a c10d process group, a `Transport`, or None: the default group.
+        policy: scheme text, `Scheme`, `Policy`, dict or policy file; "auto" measures the group now,
+            on all ranks together; None: COMMLIB_POLICY, else "int8+ef".
+        seed: of the random streams, the same on all ranks.
+        timeout: seconds an exchange or an agreement may take; None: the group's own.
+        meter: counts traffic; None makes one.
+
+    Raises: ValueError for a bad policy or environment.
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup | Transport | None = None,
+        policy: str | Scheme | Policy | dict[str, Any] | None = None,
+        *,
+        seed: int = 0,
+        timeout: float | None = None,
+        meter: Meter | None = None,
+    ) -> None:
+        given = policy or os.environ.get("COMMLIB_POLICY") or DEFAULT_POLICY
+        auto = isinstance(given, str) and given.strip() == "auto"
+        self.policy = Policy.parse("fp32" if auto else given)
+        self._auto = auto
+        self.transport = _transport(group, timeout)
+        self.timeout = self.transport.timeout if timeout is None else timeout
+        self.seed = seed
+        self.meter = meter or Meter(rank=self.rank)
+        self._pool = Pool(self.transport.device)
+        self._compressors = Compressors(self.transport.device, seed, self.rank)
+        self._plans: dict[Any, Plan] = {}
+        self._steps: dict[str, int] = {}  # messages of a key, where the policy changes with them
+        self._carrier = Carrier(self.transport, self.timeout, self.meter)
+        self._eras = any(rule.from_step for rule in self.policy.rules)
+        if auto and self.size > 1:
+            self.policy = measured_policy(measure(self._measured_run, self.transport))
+            self.meter.reset()
+
+    @property
+    def rank(self) -> int:
+        """This rank within the group."""
+        return self.transport.rank
+
+    @property
+    def size(self) -> int:
+        """Ranks in the group."""
+        return self.transport.size
+
+    # What is remembered.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Residuals, steps and random streams: tensors, numbers and strings, of this rank."""
+        self._carrier.flush()
+        if self._carrier.lost:
+            raise RuntimeError(
+                f"the residuals of {', '.join(self._carrier.lost)} are of a message that did not "
+                f"arrive: load the last checkpoint into a new communicator. {self._carrier.aborted}"
+            )
+        return {"compressors": self._compressors.state_dict(), "steps": dict(self._steps)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`: what follows is bitwise what would have followed."""
+        self._carrier.flush()
+        self._compressors.load_state_dict(state["compressors"])
+        self._steps = dict(state["steps"])
+
+    def reset(self) -> None:
+        """Forget all residuals."""
+        self._carrier.flush()
+        self._compressors.reset()
+
+    def rescale(self, factor: float) -> None:
+        """Multiply all residuals by `factor`."""
+        self._carrier.flush()
+        self._compressors.rescale(factor)
+
+    def memory_bytes(self) -> int:
+        """Bytes of residuals and other memory."""
+        return self._compressors.nbytes()
+
+    def stats(self) -> str:
+        """A table of what travelled."""
+        return self.meter.table()
+
+    def close(self) -> None:
+        """Finish what is under way and take no more calls. The group stays."""
+        self._carrier.close()
+        self._pool.clear()
+        self.meter.close()
+
+    # From a call to its plan.
+
+    def _plan(
+        self,
+        op: str,
+        x: torch.Tensor,
+        key: str | None,
+        role: Role,
+        scheme: str | Scheme | None,
+        detail: int | None = None,
+    ) -> Plan:
+        """The plan of a call on one tensor, agreed. `detail`: what else tells calls apart."""
+        check_tensor(op, x, self.transport.device)
+        # unequal parts have sizes of their own on every rank
+        numel = 0 if op == "all_to_all of parts" else x.numel()
+        era = self._era((key or op,))
+        id_ = (op, key, numel, x.dtype, x.ndim > 1, role, scheme, is_exact(), era, detail)
+        plan = self._plans.get(id_)
+        if plan is not None:
+            return plan
+        if scheme is not None:
+            chosen = explicit(scheme, key, x.dtype, role)
+        elif is_exact():
+            chosen = raw()
+        else:
+            # one dimension may be a vector or any flat buffer
+            ndim = x.ndim if x.ndim > 1 else None
+            chosen = self._choose(TensorInfo(key, numel, x.dtype, role, ndim, era))
+            if op not in INCREMENTS:
+                chosen = chosen.stateless()
+        plan = single(op, chosen, key, numel, x.dtype)
+        if detail is not None:
+            plan.text["detail"] = detail
+        self._adopt(id_, plan)
+        return plan
+
+    def _adopt(self, id_: Any, plan: Plan) -> None:
+        """Agree on a new plan and keep it. ValueError where residuals would not fit it."""
+        self._carrier.refuse()
+        for message in plan.messages:
+            self._compressors.of(message.scheme).check(message.key, message.layout)
+            self._compressors.back(message.scheme)
+        policy = str(self.policy)
+        if self._auto:
+            policy = "auto"  # measured together, and measured with another one
+        elif len(policy) > 80:
+            policy = self.policy.digest()
+        text = {"op": plan.op, "key": plan.label, **plan.text}
+        text |= {"policy": policy, "seed": self.seed, "wire": WIRE_VERSION}
+        self._carrier.agree(text)
+        self._plans[id_] = plan
+
+    def _choose(self, info: TensorInfo) -> Scheme:
+        scheme = self.policy.choose(info)
+        if scheme.lossless:
+            reason = why_raw(self.policy, info)
+            if reason is not None:
+                self.meter.not_compressed(info.key, reason)
+        return scheme
+
+    def _era(self, keys: tuple[str, ...]) -> int:
+        """The policy's era for the next message of `keys`, which it counts."""
+        if not self._eras:
+            return 0
+        step = max(self._steps.get(key, 0) for key in keys)
+        for key in keys:
+            self._steps[key] = step + 1
+        return self.policy.era(step)
+
+    def _factor(self, factor: float | str, x: torch.Tensor) -> float:
+        if isinstance(factor, str):
+            if factor not in ("sum", "avg"):
+                raise ValueError(f"factor is {factor!r}; allowed: a number, 'sum' or 'avg'")
+            factor = 1.0 if factor == "sum" else 1.0 / self.size
+        if not math.isfinite(factor):
+            raise ValueError(f"factor is {factor}, it must be finite")
+        if factor != 1.0 and not (x.is_floating_point() or x.is_complex()):
+            raise ValueError(f"factor {factor} needs a floating tensor, got {x.dtype}; use 'sum'")
+        return float(factor)
+
+    def _reducing(
+        self, message: Message, x: torch.Tensor, factor: float, hold: tuple[int, ...]
+    ) -> Steps:
+        config = message.scheme.algorithm
+        assert config is not None
+        return ALGORITHMS[config.id].run(
+            x,
+            self._carrier.via(message),
+            self._compressors.of(message.scheme),
+            message.key,
+            message.layout,
+            self._pool,
+            factor=factor,
+            hold=message.held(hold),
+            back=self._compressors.back(message.scheme),
+            slices=config.slices if isinstance(config, TwoPhase) else None,
+        )
+
+    def _measured_run(self, scheme: str, x: torch.Tensor) -> None:
+        plan = self._plan("all_reduce", x, None, Role.GRADIENT, scheme)
+        if plan.lossless and self._carrier.native(plan, x, 1.0) is not None:
+            return
+        flat = x.view(-1)
+        self._carrier.start(plan, x, flat, lambda m: self._reducing(m, flat, 1.0, ()), False)
+
+
+def _transport(group: Any, timeout: float | None) -> Transport:
+    if group is None or not hasattr(group, "bytes_sent"):
+        return TorchTransport(group, timeout)
+    transport: Transport = group
+    return transport

@@ -1,0 +1,415 @@
+"""Feedback: remembering what rounding threw away, and adding it to the next message.
+
+One family of rules, with g the gradient, h the residual and Q the codec::
+
+    v  = g + alpha h            what is coded
+    h' = beta h + omega (g - Q(v))
+
+Classic error feedback is (1, 1, 1) (Seide et al. 2014; Karimireddy et al. 2019, arXiv 1901.09847),
+ECQ-SGD is (alpha, beta, 1) (Wu et al. 2018, arXiv 1806.08054), LoCo is (1, 1, 1 - b) (Xie et al.
+2024, arXiv 2407.04480).
+"""
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from commlib.codecs.base import Codec
+from commlib_kernels import Layout, Memory, Tag
+from commlib_kernels.layout import blocks
+
+Key = str | tuple[str, ...] | None
+"""Names of a message's segments; None: anonymous, which has no memory."""
+
+OWNER = "|reduced"
+
+
+@dataclass(frozen=True)
+class Plain:
+    """No memory: what rounding throws away is gone."""
+
+    def check(self, codec: Codec, numel: int | None = None) -> None:
+        """Every codec may be used without memory."""
+
+    def __str__(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True)
+class ErrorFeedback:
+    """``h' = beta h + omega (g - Q(g + alpha h))``.
+
+    Args:
+        alpha: how much of the residual joins the next message.
+        beta: how much of the residual stays.
+        omega: how much of the new error is taken up (below 1: a moving average, LoCo).
+        dtype: of the residual: fp32, bf16 (half the memory), int8 (a quarter and 2 bytes a block).
+    """
+
+    alpha: float = 1.0
+    beta: float = 1.0
+    omega: float = 1.0
+    dtype: Literal["fp32", "bf16", "int8"] = "fp32"
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta", "omega"):
+            number = getattr(self, name)
+            if not (isinstance(number, int | float) and math.isfinite(number)):
+                raise ValueError(f"ef: {name}={number!r}; allowed: a finite number")
+            # 1 and 1.0 are one configuration and have one text.
+            object.__setattr__(self, name, float(number))
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"ef: dtype={self.dtype!r}; allowed: {', '.join(_DTYPES)}")
+
+    def check(self, codec: Codec, numel: int | None = None) -> None:
+        """Refuse a pair whose residual would grow without bound.
+
+        With gamma the codec's worst ``|Q(v) - v|^2 / |v|^2``: an unbiased codec needs
+        ``omega^2 alpha^2 gamma + (beta - omega alpha)^2 < 1``, a biased one
+        ``|beta - omega alpha| + omega |alpha| sqrt(gamma) < 1``.
+
+        Args:
+            numel: elements that share a scale, for codecs with ``block=tensor``; None: not known
+                yet, such a pair is checked when the first tensor comes.
+
+        Raises:
+            ValueError: with the numbers and what to do.
+        """
+        gamma = codec.gamma(numel)
+        if math.isinf(gamma):
+            return
+        carry = self.beta - self.omega * self.alpha
+        gain = abs(self.omega * self.alpha)
+        if codec.unbiased:
+            growth, rule = (
+                gain**2 * gamma + carry**2,
+                "omega^2 alpha^2 gamma + (beta - omega alpha)^2",
+            )
+        else:
+            growth, rule = (
+                gain * math.sqrt(gamma) + abs(carry),
+                "omega alpha sqrt(gamma) + |beta - omega alpha|",
+            )
+        if growth >= 1:
+            raise ValueError(
+                f"{codec}+{self} diverges: {rule} = {growth:.3g} must be below 1, with "
+                f"gamma = {gamma:.3g} for {codec}; use nearest rounding, more bits, a smaller "
+                "block, or a smaller alpha"
+            )
+
+    def __str__(self) -> str:
+        options = [
+            f":{f.name}={_number(getattr(self, f.name))}"
+            for f in fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return "ef" + "".join(options)
+
+
+Feedback = Plain | ErrorFeedback
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+
+
+def _number(x: object) -> str:
+    return f"{x:g}" if isinstance(x, float) and float(f"{x:g}") == x else str(x)
+
+
+def feedback(text: str) -> Feedback:
+    """The feedback that a text names: ``""`` or ``ef[:alpha=..][:beta=..][:omega=..][:dtype=..]``.
+
+    Raises:
+        ValueError: says which part is unknown and what is allowed.
+    """
+    name, *given = text.strip().split(":")
+    if name == "" and not given:
+        return Plain()
+    if name != "ef":
+        raise ValueError(f"feedback {name!r} does not exist; allowed: ef")
+    allowed = [f.name for f in fields(ErrorFeedback)]
+    values: dict[str, Any] = {}
+    for option in given:
+        key, equals, value = option.partition("=")
+        if not equals or key not in allowed:
+            close = get_close_matches(key, allowed, n=1)
+            meant = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"ef: option {option!r}; allowed: {', '.join(allowed)}{meant}")
+        try:
+            values[key] = value if key == "dtype" else float(value)
+        except ValueError:
+            raise ValueError(f"ef: {key}={value!r}; allowed: a number") from None
+    return ErrorFeedback(**values)
+
+
+def owner_key(key: Key) -> Key:
+    """The key of the side that reduces: its residual is another than the sender's."""
+    if key is None:
+        return None
+    return tuple(name + OWNER for name in names_of(key))
+
+
+def names_of(key: Key) -> tuple[str, ...]:
+    """The names in a key, one per segment."""
+    return () if key is None else (key,) if isinstance(key, str) else key
+
+
+class _Arena(NamedTuple):
+    """The residuals of one message's segments, back to back as the kernels want them."""
+
+    residual: torch.Tensor
+    scales: torch.Tensor | None
+
+
+@dataclass
+class Compressor:
+    """A codec and what it remembers, under keys. Without a key it remembers nothing.
+
+    Residuals belong to names (parameters), not to messages: when names are grouped into other
+    messages (DDP rebuilds its buckets after the first step), their residuals move along.
+
+    Args:
+        codec: what makes the bytes.
+        feedback: what is remembered.
+        seed: of the run, the same on all ranks.
+        rank: of this process, for private random numbers.
+    """
+
+    codec: Codec
+    feedback: Feedback = field(default_factory=Plain)
+    seed: int = 0
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        self.feedback.check(self.codec)
+        self._residuals: dict[str, _Arena] = {}  # views into the arenas, or loaded state
+        self._arenas: dict[tuple[tuple[str, ...], tuple[int, ...]], _Arena] = {}
+        self._steps: dict[str, int] = {}
+        self._memories: dict[tuple[str, str], torch.Tensor] = {}
+        self._streams: dict[Key, tuple[int, ...]] = {}
+
+    def check(self, key: Key, layout: Layout) -> None:
+        """Refuse a message that the memory of `key` cannot serve, before anything is sent.
+
+        Args:
+            layout: of the whole message.
+
+        Raises:
+            ValueError: a residual is of another size; or the pair diverges at this one, for
+                codecs with one scale per tensor.
+        """
+        if isinstance(self.feedback, Plain):
+            return
+        for index, name in enumerate(names_of(key)):
+            numel = layout.sizes[index] * (layout.ranks if layout.stacked else 1)
+            old = self._residuals.get(name)
+            if old is not None and old.residual.numel() != numel:
+                raise ValueError(
+                    f"the residual of {name!r} has {old.residual.numel()} elements, this tensor "
+                    f"{numel}; a key names one tensor of one size: use another key, or reset()"
+                )
+            if self.codec.format.per_segment and numel and not layout.is_exact(index):
+                self.feedback.check(self.codec, layout.sizes[index])
+
+    def advance(self, key: Key) -> None:
+        """Begin the next message of `key`: its next stream of random numbers."""
+        names = names_of(key) or ("",)
+        step = 1 + max(self._steps.get(name, 0) for name in names)
+        for name in names:
+            self._steps[name] = step
+
+    def compress(
+        self,
+        key: Key,
+        x: torch.Tensor,
+        wire: torch.Tensor,
+        layout: Layout,
+        *,
+        hold: Sequence[int] = (),
+    ) -> int:
+        """Code flat `x` into `wire`, with the residual of `key`; returns the bytes used.
+
+        Args:
+            hold: segments whose residual is neither sent nor changed.
+        """
+        memory = self._memory(key, layout, x.device, owner=layout.dense, hold=hold)
+        return self.codec.encode(x, wire, layout, self._tag(key), memory)
+
+    def decompress(
+        self, key: Key, wire: torch.Tensor, out: torch.Tensor, layout: Layout, *, add: bool = False
+    ) -> None:
+        """Decode `wire` into flat `out`, or add it."""
+        self.codec.decode(wire, out, layout, self._tag(key), add=add)
+
+    def reduce(
+        self,
+        key: Key,
+        wires: torch.Tensor,
+        out: torch.Tensor,
+        layout: Layout,
+        *,
+        factor: float = 1.0,
+        hold: Sequence[int] = (),
+    ) -> None:
+        """Sum all ranks' payloads of one chunk, into a wire (with `key`'s residual) or dense.
+
+        Args:
+            hold: as in `compress`.
+        """
+        coded = out.dtype == torch.uint8
+        memory = self._memory(key, layout, out.device, owner=True, hold=hold) if coded else None
+        self.codec.reduce(wires, out, layout, self._tag(key), factor=factor, memory=memory)
+
+    def memory(self, key: str, name: str, like: torch.Tensor) -> torch.Tensor:
+        """Named state of a key, made of zeros on first use (PowerSGD's Q, delta references)."""
+        if (key, name) not in self._memories:
+            self._memories[key, name] = torch.zeros_like(like)
+        return self._memories[key, name]
+
+    def nbytes(self) -> int:
+        """Bytes of all memory."""
+        held = [t for arena in self._residuals.values() for t in arena if t is not None]
+        return sum(t.numel() * t.itemsize for t in (*held, *self._memories.values()))
+
+    def reset(self) -> None:
+        """Forget all residuals and named state; steps go on."""
+        self._residuals.clear()
+        self._arenas.clear()
+        self._memories.clear()
+
+    def rescale(self, factor: float) -> None:
+        """Multiply all residuals, e.g. by the ratio of two loss scales."""
+        for residual, scales in self._residuals.values():
+            if scales is None:
+                residual.mul_(factor)
+            else:
+                as_bf16 = scales.view(torch.bfloat16)
+                as_bf16.mul_(factor)
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Residuals, steps and named state by name: tensors and ints only (``weights_only``)."""
+        residuals = {n: a.residual.clone() for n, a in self._residuals.items()}
+        scales = {n: a.scales.clone() for n, a in self._residuals.items() if a.scales is not None}
+        memories = {f"{k}|{n}": t.clone() for (k, n), t in self._memories.items()}
+        return {
+            "residuals": residuals,
+            "scales": scales,
+            "steps": dict(self._steps),
+            "memories": memories,
+        }
+
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+        """Take up what `state_dict` gave.
+
+        Raises:
+            ValueError: a residual has another dtype than this feedback keeps.
+        """
+        want = None if isinstance(self.feedback, Plain) else _DTYPES[self.feedback.dtype]
+        for name, residual in state["residuals"].items():
+            if residual.dtype != want:
+                raise ValueError(
+                    f"residual of {name!r} is {residual.dtype}, but {self.codec}+{self.feedback} "
+                    f"keeps {want}; load it into the scheme that saved it"
+                )
+        self._arenas.clear()
+        self._residuals = {
+            name: _Arena(
+                residual.clone(),
+                s.clone() if (s := state["scales"].get(name)) is not None else None,
+            )
+            for name, residual in state["residuals"].items()
+        }
+        self._steps = dict(state["steps"])
+        self._memories = {}
+        for label, tensor in state["memories"].items():
+            key, _, name = label.rpartition("|")
+            self._memories[key, name] = tensor.clone()
+
+    def _tag(self, key: Key) -> Tag:
+        names = names_of(key)
+        if key not in self._streams:
+            self._streams[key] = tuple(zlib.crc32(name.encode()) for name in names) or (0,)
+        return Tag(
+            self.seed, self._streams[key], self._steps.get(names[0] if names else "", 0), self.rank
+        )
+
+    def _memory(
+        self,
+        key: Key,
+        layout: Layout,
+        device: torch.device,
+        *,
+        owner: bool,
+        hold: Sequence[int] = (),
+    ) -> Memory | None:
+        if isinstance(self.feedback, Plain) or key is None:
+            return None
+        names = names_of(key)
+        if len(names) != len(layout.sizes):
+            raise ValueError(f"key has {len(names)} names for {len(layout.sizes)} segments")
+        if owner:
+            rank = layout.payloads[0]
+            cuts = (layout.cut(s, rank) for s in range(len(names)))
+            sizes = tuple(b - a for a, b in cuts)
+        elif layout.stacked and len(names) > 1:
+            raise ValueError("feedback on stacked messages needs messages of one segment")
+        else:
+            sizes = layout.sizes * (layout.ranks if layout.stacked else 1)
+        arena = self._arenas.get((names, sizes)) or self._arrange(names, sizes, layout, device)
+        f = self.feedback
+        return Memory(arena.residual, arena.scales, f.alpha, f.beta, f.omega, tuple(hold))
+
+    def _arrange(
+        self, names: tuple[str, ...], sizes: tuple[int, ...], layout: Layout, device: torch.device
+    ) -> _Arena:
+        """Lay the residuals of `names` back to back, moving those that exist already."""
+        assert isinstance(self.feedback, ErrorFeedback)
+        fmt, dtype = self.codec.format, _DTYPES[self.feedback.dtype]
+        if len(set(names)) != len(names):
+            raise ValueError(f"a key names a segment twice: {names}")
+        # Repetitions of a stacked message are one name.
+        runs = [sizes] if len(names) == 1 else [(n,) for n in sizes]
+        for index, (name, run) in enumerate(zip(names, runs, strict=True)):
+            old = self._residuals.get(name)
+            if old is not None and old.residual.numel() != sum(run):
+                raise RuntimeError(
+                    f"residual of {name!r} has {old.residual.numel()} elements, the tensor now "
+                    f"needs {sum(run)}; a key names one tensor of one size (reset() forgets it)"
+                )
+            if fmt.per_segment and run[0] and not layout.is_exact(index):
+                self.feedback.check(self.codec, run[0])
+        residual = torch.zeros(sum(sizes), dtype=dtype, device=device)
+        scales = None
+        if dtype is torch.int8:
+            scales = torch.zeros(blocks(sizes, fmt), dtype=torch.int16, device=device)
+        start = block = 0
+        for name, run in zip(names, runs, strict=True):
+            self._check_scales(name, blocks(run, fmt))
+            place = _Arena(
+                residual[start : start + sum(run)],
+                None if scales is None else scales[block : block + blocks(run, fmt)],
+            )
+            for new, old_part in zip(place, self._residuals.get(name, (None, None)), strict=True):
+                if new is not None and old_part is not None:
+                    new.copy_(old_part)
+            self._residuals[name] = place
+            start, block = start + sum(run), block + blocks(run, fmt)
+        # Arenas that held one of these names are stale now: their residual moved here.
+        for other in [k for k in self._arenas if not set(names).isdisjoint(k[0])]:
+            del self._arenas[other]
+        arena = self._arenas[names, sizes] = _Arena(residual, scales)
+        return arena
+
+    def _check_scales(self, name: str, count: int) -> None:
+        """Refuse an int8 residual that was kept with other blocks."""
+        scales = self._residuals[name].scales if name in self._residuals else None
+        if scales is not None and scales.numel() != count:
+            raise RuntimeError(
+                f"int8 residual of {name!r} has {scales.numel()} scales, blocks of "
+                f"{self.codec.format.block} elements need {count}; load it into the scheme that "
+                "saved it (reset() forgets it)"
+            )

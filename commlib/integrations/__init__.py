@@ -1,0 +1,1 @@
+"""Where frameworks let a library in: each module only translates names and futures."""

@@ -1,0 +1,93 @@
+"""A process group of commlib's own beside a user's group: same ranks, other connections.
+
+A communicator issues from its own thread while the user's thread goes on with collectives of its
+own: DDP's broadcast of buffers, its map of unused parameters, `join`, SyncBatchNorm, a barrier. On
+one group the two threads would meet in another order on another rank, and c10d matches collectives
+by their order alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from commlib.communicator import Communicator
+from commlib.policy import Policy
+from commlib.transport import TorchTransport
+
+c10d: Any = distributed_c10d  # its helpers are missing from the stubs
+_opened: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+
+
+def channel(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
+    """A new group over the ranks of `group`; all of them call this, in the same order.
+
+    Not by `new_group`: that is called by the whole world, or (use_local_synchronization) names the
+    group by how many groups a rank has seen, which ranks may disagree on; then it hangs.
+
+    Raises:
+        ValueError: this process is not in the group.
+    """
+    group = group or dist.group.WORLD
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError("this process is not a member of the group it was given")
+    ranks = dist.get_process_group_ranks(group)
+    number = _opened[group] = _opened.get(group, 0) + 1  # by group: its ranks count alike
+    name = f"{group.group_name}/commlib{number}"
+    opened, _ = c10d._new_process_group_helper(
+        group.size(),
+        group.rank(),
+        ranks,
+        dist.Backend(dist.get_backend(group)),
+        c10d._get_process_group_store(group),
+        name,
+        timeout=_timeout(group),
+        group_desc="commlib",
+    )
+    c10d._world.pg_group_ranks[opened] = {rank: place for place, rank in enumerate(ranks)}
+    result: dist.ProcessGroup = opened
+    return result
+
+
+def communicator(
+    group: dist.ProcessGroup | None,
+    policy: Policy | str,
+    *,
+    seed: int = 0,
+    timeout: float | None = None,
+) -> Communicator:
+    """A communicator over the ranks of `group`, on a channel of its own."""
+    opened = channel(group)
+    try:
+        return Communicator(opened, policy, seed=seed, timeout=timeout)
+    except BaseException:
+        _close(opened)
+        raise
+
+
+def retire(communicator: Communicator) -> None:
+    """Stop a communicator made here, and its channel."""
+    aborted = communicator._carrier.aborted is not None
+    communicator.close()
+    transport = communicator.transport
+    assert isinstance(transport, TorchTransport)
+    # aborted: an exchange may still be pending, and gloo would wait for it
+    if not aborted and not transport.destroyed:
+        _close(transport.group)
+
+
+def _close(group: dist.ProcessGroup) -> None:
+    if group in c10d._world.pg_map:  # torch.distributed may have destroyed all groups
+        dist.destroy_process_group(group)
+
+
+def _timeout(group: dist.ProcessGroup) -> Any:
+    """The timeout `group` was made with."""
+    for device in group._device_types:
+        options = getattr(group._get_backend(device), "options", None)
+        if options is not None:
+            return options._timeout
+    return c10d.default_pg_timeout

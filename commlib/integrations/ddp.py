@@ -1,0 +1,339 @@
+"""Compressed gradient averaging for `DistributedDataParallel`, as a communication hook.
+
+    model = commlib.wrap(DDP(model), "int8+ef")            # one line in a DDP script
+    model.register_comm_hook(DDPState("int8+ef"), hook)    # the same, as PyTorch spells it
+
+DDP hands over flat buckets of gradients. What is remembered of them (the residual of error
+feedback, the step of the random streams) belongs to a parameter's name, never to a bucket: DDP
+regroups its buckets after the first iteration (after the second with `static_graph`).
+
+No `from __future__ import annotations` here: DDP compares the hook's annotations with the classes.
+"""
+
+import logging
+import os
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from commlib.communicator import Communicator
+from commlib.integrations import channel
+from commlib.integrations.ddp_refusals import PYTHON_REDUCER, SPARSE, as_ddp, check
+from commlib.policy import Policy, Scheme
+
+log = logging.getLogger("commlib")
+
+Model = TypeVar("Model", bound=nn.Module)
+PolicyLike = str | Scheme | Policy | dict[str, Any]
+
+DEFAULT = "int8+ef"
+COMPILED = "_orig_mod."  # torch.compile's prefix: a state must fit the model compiled or not
+
+
+def wrap(
+    model: Model,
+    policy: PolicyLike | None = None,
+    *,
+    seed: int | None = None,
+    timeout: float | None = None,
+) -> Model:
+    """Compress the gradients of a DDP model; returns the same object.
+
+    Every rank calls it, with the same arguments, after `DDP(...)` (accelerate: after `prepare`).
+    Gradients become `Q(1/W sum_r Q(g_r))` for W ranks, by the scheme that `policy` names for each
+    parameter. W is the size of the group, under `join` too: a rank that ran out of data sends zeros
+    (and what was left in its residuals).
+
+    A second call reconfigures: what is not given stays, residuals stay unless the policy changes.
+    A model that was copied or unpickled loses its hook (PyTorch does not restore it); wrapping the
+    copy attaches it again, with the residuals it was copied with.
+
+    Args:
+        model: a `DistributedDataParallel`, also inside `torch.compile`.
+        policy: scheme text, `Policy`, table or path of a policy file; None: what it was, at first
+            COMMLIB_POLICY, at first and without that "int8+ef".
+        seed: of the random streams; None: what it was, at first 0.
+        timeout: seconds a collective may take; None: what it was, at first the group's.
+
+    Raises:
+        ValueError: not a DDP model, or DDP used in a way that leaves no room for a hook.
+    """
+    ddp = as_ddp(model)
+    check(ddp, hook)
+    state = _registered(ddp)
+    attached = state is not None and not state._detached
+    if state is None:
+        state = DDPState(policy, seed=seed or 0, timeout=timeout)
+    else:
+        state._reconfigure(policy, seed, timeout)
+    state._bind(ddp)
+    if not attached:
+        _register(ddp, state)
+    return model
+
+
+def of(model: nn.Module) -> "DDPState":
+    """The state of a wrapped model: residuals, statistics, communicator.
+
+    Raises:
+        ValueError: the model is no DDP model or commlib's hook is not on it.
+        RuntimeError: the model is a copy, and DDP has left the hook behind.
+    """
+    state = _registered(as_ddp(model))
+    if state is None:
+        raise ValueError(
+            "this DDP model has no commlib hook; call commlib.wrap(model, policy) first"
+        )
+    if state._detached:
+        raise RuntimeError(
+            "this DDP model was copied or unpickled, and PyTorch does not restore communication "
+            "hooks: its gradients travel uncompressed. Call commlib.wrap(model) to attach the hook "
+            "again; the residuals are kept"
+        )
+    return state
+
+
+def hook(
+    state: "DDPState",
+    bucket: dist.GradBucket,  # type: ignore[name-defined]  # missing from the stubs
+) -> torch.futures.Future[torch.Tensor]:
+    """The communication hook: averages one bucket over the ranks, compressed.
+
+    For `DistributedDataParallel.register_comm_hook` and for frameworks that take a hook by its path
+    (`commlib.integrations.ddp.hook`); `state` is a `DDPState`.
+    """
+    if not isinstance(state, DDPState):
+        raise TypeError(
+            f"the state of commlib's hook is a {type(state).__name__}; register it with "
+            'commlib.integrations.ddp.DDPState("int8+ef"), or call commlib.wrap(model)'
+        )
+    if not isinstance(bucket, dist.GradBucket):  # type: ignore[attr-defined]
+        raise RuntimeError(PYTHON_REDUCER)
+    return state._reduce(bucket)
+
+
+class DDPState:
+    """What commlib knows about one DDP model on this rank.
+
+    Made by `wrap`, or by hand where a framework registers the hook itself. By hand no model is
+    known until the first backward: parameters are then called `parameter0, parameter1, ...` in the
+    order in which buckets bring them, which is the same on all ranks and in every run that builds
+    its DDP alike. Policies with rules on names, and checkpoints that outlive a change of the model,
+    want `wrap`.
+
+    The communicator is made on first use, so a state may be built before the process group.
+
+    Args:
+        policy: as in `wrap`.
+        process_group: the group of the DDP model; None: the default group.
+        find_unused_parameters: as given to DDP (`wrap` reads it there).
+    """
+
+    def __init__(
+        self,
+        policy: PolicyLike | None = None,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        find_unused_parameters: bool = False,
+        seed: int = 0,
+        timeout: float | None = None,
+    ) -> None:
+        self.policy: Policy | str = _parsed(policy or os.environ.get("COMMLIB_POLICY") or DEFAULT)
+        self.seed = seed
+        self.timeout = timeout
+        self._group = process_group
+        self._find_unused = find_unused_parameters
+        self._names: dict[torch.Tensor, str] = {}
+        self._communicator: Communicator | None = None
+        self._saved: dict[str, Any] | None = None  # loaded once there is a communicator
+        self._detached = False
+
+    @property
+    def communicator(self) -> Communicator:
+        """The communicator of the model's group; the first access makes it, on all ranks alike."""
+        if self._communicator is None:
+            self._communicator = channel.communicator(
+                self._group, self.policy, seed=self.seed, timeout=self.timeout
+            )
+            if self._saved is not None:
+                saved, self._saved = self._saved, None
+                self._restore(saved)
+        return self._communicator
+
+    def state_dict(self) -> dict[str, Any]:
+        """Residuals and step counters by parameter name: tensors, numbers and strings only.
+
+        They belong to this rank: save one file per rank. A resumed run is bitwise the uninterrupted
+        one.
+        """
+        communicator = self.communicator
+        return {
+            "rank": communicator.rank,
+            "world_size": communicator.size,
+            "memory": communicator.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()` of the same rank in a group of the same size.
+
+        Raises:
+            ValueError: the state is another rank's or comes from another number of ranks.
+        """
+        complaint = self._mismatch(state)
+        if complaint:
+            raise ValueError(f"{complaint}; to start from zero residuals call reset() instead")
+        self.communicator.load_state_dict(state["memory"])
+
+    def stats(self) -> str:
+        """A table of what travelled: raw and wire bytes, seconds, sampled error."""
+        return self.communicator.stats()
+
+    def reset(self) -> None:
+        """Forget all residuals: after a jump in the loss, or weights loaded from elsewhere."""
+        self.communicator.reset()
+
+    def rescale(self, factor: float) -> None:
+        """Multiply all residuals by `factor`: after the loss scale changed by that factor."""
+        self.communicator.rescale(factor)
+
+    def memory_bytes(self) -> int:
+        """Bytes of residuals held on this rank."""
+        return self.communicator.memory_bytes()
+
+    def close(self) -> None:
+        """Stop the communicator; the next use makes another one, without residuals."""
+        if self._communicator is not None:
+            channel.retire(self._communicator)
+            self._communicator = None
+
+    # What wrap, of and hook do with a state.
+
+    def _reduce(self, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+        self._detached = False  # DDP calls us: the hook is in place
+        buffer, parameters = bucket.buffer(), bucket.parameters()
+        if buffer.is_sparse:
+            raise RuntimeError(SPARSE)
+        communicator = self.communicator
+        work = communicator.all_reduce_segments(
+            buffer,
+            keys=tuple(self._name(p) for p in parameters),
+            sizes=tuple(p.numel() for p in parameters),
+            ndims=tuple(p.dim() for p in parameters),
+            factor=1.0 / communicator.size,
+            async_op=True,
+            hold=_unused(bucket.gradients()) if self._find_unused else (),
+        )
+        # Through `then` an error leaves backward as itself; off a bare future DDP fails to cast it.
+        future = work.get_future().then(lambda done: done.value())
+        return cast("torch.futures.Future[torch.Tensor]", future)
+
+    def _name(self, parameter: torch.Tensor) -> str:
+        name = self._names.get(parameter)
+        if name is None:  # no model, or one whose parameters were exchanged after DDP took them
+            name = self._names[parameter] = f"parameter{len(self._names)}"
+        return name
+
+    def _bind(self, ddp: DistributedDataParallel) -> None:
+        self._names = {p: n.replace(COMPILED, "") for n, p in ddp.module.named_parameters()}
+        # With a static graph DDP knows the unused ones after one step, and they never change.
+        self._find_unused = bool(ddp.find_unused_parameters and not ddp.static_graph)
+        if self._group is not ddp.process_group:
+            self.close()
+            self._group = ddp.process_group
+        _ = self.communicator  # so that what fails, fails here and not in the first backward
+
+    def _reconfigure(
+        self, policy: PolicyLike | None, seed: int | None, timeout: float | None
+    ) -> None:
+        new = self.policy if policy is None else _parsed(policy)
+        if new != self.policy:
+            self._saved = None
+        elif self._communicator is not None:
+            self._saved = self.state_dict()
+        self.policy = new
+        self.seed = self.seed if seed is None else seed
+        self.timeout = self.timeout if timeout is None else timeout
+        self.close()
+
+    def _mismatch(self, state: dict[str, Any]) -> str:
+        """Why `state` cannot continue here; empty where it can."""
+        here = (self.communicator.rank, self.communicator.size)
+        there = (state["rank"], state["world_size"])
+        if here == there:
+            return ""
+        return (
+            f"residuals belong to one rank: these are of rank {there[0]} of {there[1]}, "
+            f"this is rank {here[0]} of {here[1]}"
+        )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Like load_state_dict, for a model unpickled on a rank that did not pickle it."""
+        complaint = self._mismatch(state)
+        if complaint:
+            log.warning("%s; they start from zero", complaint)
+        else:
+            self.communicator.load_state_dict(state["memory"])
+
+    # DDP pickles its hooks' states. Groups, threads and parameters stay behind, residuals go along.
+
+    def __getstate__(self) -> dict[str, Any]:
+        saved = self._saved if self._communicator is None else self.state_dict()
+        return {
+            "policy": self.policy,
+            "seed": self.seed,
+            "timeout": self.timeout,
+            "find_unused": self._find_unused,
+            "saved": saved,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(  # type: ignore[misc]
+            state["policy"],
+            find_unused_parameters=state["find_unused"],
+            seed=state["seed"],
+            timeout=state["timeout"],
+        )
+        self._saved = state["saved"]
+        self._detached = True
+        log.warning(
+            "commlib's DDP state was copied or unpickled; PyTorch does not restore communication "
+            "hooks: call commlib.wrap(model) on the copy, or it will train uncompressed"
+        )
+
+
+def _parsed(policy: PolicyLike) -> Policy | str:
+    return "auto" if policy == "auto" else Policy.parse(policy)
+
+
+def _registered(ddp: DistributedDataParallel) -> DDPState | None:
+    for function, state in getattr(ddp, "_comm_hooks", ()):
+        if function is hook and isinstance(state, DDPState):
+            return state
+    return None
+
+
+def _register(ddp: DistributedDataParallel, state: DDPState) -> None:
+    ddp._comm_hooks.clear()  # a copy brings the entry along, its new reducer knows nothing of it
+    try:
+        ddp.register_comm_hook(state, hook)
+        state._detached = False
+    except RuntimeError as error:
+        ddp._comm_hooks.clear()
+        state.close()
+        raise RuntimeError(
+            "DDP takes one communication hook and already has one, a built-in of PyTorch's or "
+            "another library's; build the DDP model without it"
+        ) from error
+
+
+def _unused(gradients: list[torch.Tensor]) -> tuple[int, ...]:
+    """Indices of the all-zero gradients: DDP's `find_unused_parameters` fills in zeros.
+
+    DDP throws away what a hook returns for a parameter that no rank used; a residual sent for it
+    would be lost, so it is held. Where other ranks did use it, the residual travels a step later.
+    """
+    counts = torch.stack([gradient.count_nonzero() for gradient in gradients])
+    return tuple(i for i, count in enumerate(counts.tolist()) if count == 0)  # one device sync

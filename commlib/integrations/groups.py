@@ -1,0 +1,95 @@
+"""The communicators of a program's process groups, one per group.
+
+A group has a policy (`set_policy`; else COMMLIB_POLICY, else "auto"). Communicators are made at the
+first collective and stopped when their group is destroyed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from commlib.communicator import Communicator
+from commlib.feedback import Plain
+from commlib.integrations import channel
+from commlib.policy import Policy, Scheme
+
+log = logging.getLogger("commlib")
+
+Source = str | Scheme | Policy | dict[str, Any]
+
+_lock = threading.Lock()
+_communicators: dict[dist.ProcessGroup, Communicator] = {}
+_policies: weakref.WeakKeyDictionary[dist.ProcessGroup, Policy | str] = weakref.WeakKeyDictionary()
+_told: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
+
+
+def member(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The group itself, None as the default group; RuntimeError where this rank is not in it."""
+    group = group or dist.group.WORLD
+    if not isinstance(group, dist.ProcessGroup):
+        raise RuntimeError(
+            "there is no such group on this rank: call init_process_group first, and leave a group "
+            "to its members"
+        )
+    return group
+
+
+def set_policy(group: dist.ProcessGroup, policy: Source) -> None:
+    """Compress the group by `policy` from the next call on; its memory starts from zero."""
+    parsed = "auto" if policy == "auto" else Policy.parse(policy)
+    _stop(lambda other: other is group)
+    _policies[group] = parsed
+    _told.discard(group)
+
+
+def communicator(group: dist.ProcessGroup) -> Communicator:
+    """The communicator of a group under its policy, made on first use."""
+    if group not in _communicators:
+        _stop(_destroyed)
+    with _lock:
+        if group not in _communicators:
+            policy = _policies.get(group) or os.environ.get("COMMLIB_POLICY") or "auto"
+            _communicators[group] = channel.communicator(group, policy)
+        return _communicators[group]
+
+
+def stop(group: dist.ProcessGroup | None) -> None:
+    """Stop the communicators of `group`; of all groups for None and for the default group."""
+    _stop(lambda other: group in (None, other, dist.group.WORLD))
+
+
+def tell_anonymous(group: dist.ProcessGroup) -> None:
+    """Say once per group that its policy asks for a memory that tensors without a key lack."""
+    policy = communicator(group).policy
+    if group in _told or not isinstance(policy, Policy):
+        return
+    _told.add(group)
+    schemes = [str(r.scheme) for r in policy.rules if r.scheme.feedback != Plain()]
+    if schemes:
+        log.warning(
+            "commlib.distributed: policy %s keeps residuals, but a tensor has no name; such "
+            "tensors travel without error feedback. Pass key='...' to give one a memory",
+            ", ".join(schemes),
+        )
+
+
+def _stop(which: Callable[[dist.ProcessGroup], bool]) -> None:
+    with _lock:
+        for group in [group for group in _communicators if which(group)]:
+            channel.retire(_communicators.pop(group))
+
+
+def _destroyed(group: dist.ProcessGroup) -> bool:
+    """Whether the group is gone: destroyed through torch.distributed itself."""
+    try:
+        dist.get_process_group_ranks(group)
+    except (KeyError, ValueError):
+        return True
+    return False

@@ -1,0 +1,36 @@
+"""The error that coding makes, measured now and then on real tensors.
+
+Codes the tensor once more, without its residual and without touching any state, and compares.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from commlib_kernels.tag import Tag
+
+from .collectives.base import message
+from .feedback import names_of
+from .plans import Message
+from .telemetry import Meter
+
+
+def sample_errors(meter: Meter, plan_message: Message, x: torch.Tensor, step: int) -> None:
+    """Record |Q(x) - x| / |x| of every compressed segment; a zero segment has none."""
+    codec, scheme = plan_message.scheme.codec, str(plan_message.scheme)
+    layout = message(plan_message.layout, codec, 1)
+    wire = torch.empty(codec.nbytes(layout), dtype=torch.uint8, device=x.device)
+    coded = torch.empty_like(x)
+    codec.encode(x, wire, layout, Tag(step=step))
+    codec.decode(wire, coded, layout, Tag(step=step))
+    names: tuple[str | None, ...] = names_of(plan_message.key) or (None,) * len(layout.sizes)
+    for segment, (name, start, size) in enumerate(
+        zip(names, layout.starts, layout.sizes, strict=True)
+    ):
+        if layout.is_exact(segment):
+            continue
+        part = x[start : start + size].float()
+        norm = part.norm().item()
+        if norm > 0:
+            error = (coded[start : start + size].float() - part).norm().item()
+            meter.record_error(name, scheme, error / norm)

@@ -1,0 +1,266 @@
+"""How one tensor travels: a codec, what it remembers, and the collective that moves it.
+
+    CODEC{|CODEC}[+FEEDBACK][@ALGORITHM]        each part with :name=value options
+
+    int8    int4:block=64+ef    int3+ef:beta=0.9    bf16@ring    int2+ef@two_phase:back=int4
+
+A value in parentheses is taken as it stands, so that a codec with options can be an option itself:
+`back=(int4:block=64)`.
+The algorithm is left out where it is the codec's default: `native` for fp32, whose payloads the
+network itself adds (bitwise the library's own collective), `two_phase` for all others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, ClassVar
+
+import torch
+
+from .codecs import Codec, Round, codec
+from .feedback import Feedback, Plain, feedback
+
+# What codecs take. Everything else travels raw.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Role(StrEnum):
+    """What a tensor is in the training step; rules and defaults depend on it."""
+
+    GRADIENT = "gradient"
+    PARAMETER = "parameter"
+    ACTIVATION = "activation"
+    ACTIVATION_GRADIENT = "activation_gradient"
+    OTHER = "other"
+
+    def __repr__(self) -> str:
+        return f"Role.{self.name}"
+
+
+def default_round(feedback: Feedback, role: Role) -> Round:
+    """Rounding where the user's text has no `round=`.
+
+    Nearest has the smaller error and the residual undoes its bias; without a residual the bias of
+    nearest would add up in a gradient over the steps, and stochastic rounding has none.
+    """
+    return "stochastic" if role is Role.GRADIENT and feedback == Plain() else "nearest"
+
+
+@dataclass(frozen=True)
+class Native:
+    """The library's own collective on the payload viewed as numbers; only codecs it can add."""
+
+    id: ClassVar[str] = "native"
+
+    def __str__(self) -> str:
+        return _format(self)
+
+
+@dataclass(frozen=True)
+class TwoPhase:
+    """Compressed reduce-scatter, then compressed all-gather: two quantizations whatever the ranks.
+
+    back: the codec of the second half; None takes the scheme's own.
+    slices: pieces of a message in flight at a time; None lets the collective choose by size.
+    """
+
+    id: ClassVar[str] = "two_phase"
+    back: Codec | None = None
+    slices: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.slices is not None and self.slices < 1:
+            raise ValueError(f"two_phase: slices is {self.slices}, it must be at least 1")
+
+    def __str__(self) -> str:
+        return _format(self)
+
+
+@dataclass(frozen=True)
+class Ring:
+    """A ring that re-encodes at every hop: its error grows with the ranks; for comparison."""
+
+    id: ClassVar[str] = "ring"
+
+    def __str__(self) -> str:
+        return _format(self)
+
+
+AlgorithmConfig = Native | TwoPhase | Ring
+CONFIGS: Mapping[str, type[AlgorithmConfig]] = {c.id: c for c in (Native, TwoPhase, Ring)}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Codec, feedback and algorithm of a tensor; `Scheme.parse(str(s)) == s`.
+
+    algorithm: None takes the codec's default. Raises ValueError where the parts do not go together:
+    feedback that diverges with the codec (with the numbers), a codec that the network cannot add
+    under `native`.
+    """
+
+    codec: Codec
+    feedback: Feedback = dataclasses.field(default_factory=Plain)
+    algorithm: AlgorithmConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.algorithm is None:
+            object.__setattr__(self, "algorithm", _default_algorithm(self.codec))
+        self.feedback.check(self.codec)
+        if isinstance(self.algorithm, TwoPhase) and self.algorithm.back is not None:
+            self.feedback.check(self.algorithm.back)
+        if isinstance(self.algorithm, Native) and self.codec.sum_dtype is None:
+            raise ValueError(
+                f"{self.codec}@native: the network cannot add {self.codec.id} payloads; "
+                "native takes fp32, fp16 and bf16, the others take two_phase or ring"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Scheme:
+        """The scheme that `text` names. ValueError says which part is wrong and what is allowed."""
+        text = text.strip()
+        if not text:
+            raise ValueError("the scheme text is empty; write for example int8+ef, int4:block=64")
+        body, at, end = _cut(text, "@")
+        front, plus, middle = _cut(body, "+")
+        if _cut(end, "+")[1]:
+            raise ValueError(
+                f"scheme {text!r}: the feedback stands before the algorithm: "
+                "CODEC+FEEDBACK@ALGORITHM"
+            )
+        try:
+            parsed = codec(front)
+            if plus and not middle:
+                raise ValueError("no feedback after '+'; write for example +ef, or leave '+' out")
+            memory = feedback(middle)
+            return cls(parsed, memory, algorithm(end) if at else None)
+        except ValueError as error:  # each says which part it is about
+            raise ValueError(f"scheme {text!r}: {error}") from error
+
+    def __str__(self) -> str:
+        memory = str(self.feedback)
+        text = f"{self.codec}+{memory}" if memory else str(self.codec)
+        if self.algorithm == _default_algorithm(self.codec):
+            return text
+        return f"{text}@{self.algorithm}"
+
+    @property
+    def lossless(self) -> bool:
+        """Whether this is bitwise the library's own collective: fp32@native."""
+        return self.codec.id == "fp32" and isinstance(self.algorithm, Native)
+
+    def resolve(self, role: Role = Role.GRADIENT) -> Scheme:
+        """The same scheme with every rounding that the user left open chosen for `role`."""
+        rounding = default_round(self.feedback, role)
+        chosen = replace(self, codec=self.codec.rounded(rounding))
+        config = chosen.algorithm
+        if isinstance(config, TwoPhase) and config.back is not None:
+            config = replace(config, back=config.back.rounded(rounding))
+            chosen = replace(chosen, algorithm=config)
+        return chosen
+
+    def stateless(self) -> Scheme:
+        """The same scheme without feedback: for tensors without a key, and for activations."""
+        return self if self.feedback == Plain() else replace(self, feedback=Plain())
+
+
+def check_dtype(scheme: Scheme, dtype: torch.dtype) -> None:
+    """Refuse a tensor that `scheme` was named for explicitly and cannot carry (ValueError).
+
+    Without an explicit scheme such a tensor travels raw: `Policy.choose` says so.
+    """
+    if not scheme.lossless and dtype not in DTYPES:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise ValueError(
+            f"scheme {str(scheme)!r} got a {dtype} tensor; it takes {allowed}. "
+            "Use scheme 'fp32', which sends any tensor raw, or name no scheme"
+        )
+
+
+def algorithm(text: str) -> AlgorithmConfig:
+    """The algorithm config that `text` names: `two_phase:slices=4`, `ring`."""
+    name, *options = _split(text.strip(), ":")
+    if name not in CONFIGS:
+        raise ValueError(unknown("algorithm", name, CONFIGS))
+    return typing.cast(AlgorithmConfig, _construct(CONFIGS[name], name, options))
+
+
+def unknown(what: str, got: str, allowed: Iterable[str]) -> str:
+    """The message for a name that is not in a table: what it is, what is allowed, the nearest."""
+    names = [str(name) for name in allowed]
+    near = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what} {got!r}; allowed: {', '.join(names)}{hint}"
+
+
+def _default_algorithm(codec: Codec) -> AlgorithmConfig:
+    return Native() if codec.sum_dtype is torch.float32 else TwoPhase()
+
+
+def _split(text: str, mark: str) -> list[str]:
+    """`text` cut at every `mark` outside parentheses."""
+    parts, depth, start = [], 0, 0
+    for place, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if letter == mark and depth == 0:
+            parts.append(text[start:place])
+            start = place + 1
+    return [*parts, text[start:]]
+
+
+def _cut(text: str, mark: str) -> tuple[str, str, str]:
+    """`str.partition` that leaves parentheses alone."""
+    head = _split(text, mark)[0]
+    return (head, mark, text[len(head) + 1 :]) if len(head) < len(text) else (head, "", "")
+
+
+def _format(config: AlgorithmConfig) -> str:
+    """`id:name=value` with the fields that differ from their defaults."""
+    words = [config.id]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != field.default:
+            shown = str(value)
+            words.append(f"{field.name}=({shown})" if ":" in shown else f"{field.name}={shown}")
+    return ":".join(words)
+
+
+def _construct(cls: type[Any], name: str, options: list[str]) -> Any:
+    """An instance of the dataclass `cls` from `name=value` options, by its fields' types."""
+    hints = typing.get_type_hints(cls)
+    fields = [field.name for field in dataclasses.fields(cls)]
+    values: dict[str, Any] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if key not in fields:
+            if not fields:
+                raise ValueError(f"{name} takes no options, got {option!r}")
+            raise ValueError(f"{name}: {unknown('option', key, fields)}")
+        if not equals or not value:
+            raise ValueError(f"{name}: option {option!r} has no value; write {key}=VALUE")
+        if key in values:
+            raise ValueError(f"{name}: option {key!r} is given twice")
+        values[key] = _convert(hints[key], value, f"{name}: {key}")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: str, where: str) -> Any:
+    if value.startswith("(") and value.endswith(")"):
+        value = value[1:-1]
+    kinds = typing.get_args(hint) or (hint,)
+    if Codec in kinds:
+        try:
+            return codec(value)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    if int in kinds:
+        try:
+            return int(value)
+        except ValueError:
+            raise ValueError(f"{where} is {value!r}, it must be a whole number") from None
+    raise TypeError(f"{where}: options of type {hint} have no text form")  # a bug in a config class

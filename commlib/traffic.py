@@ -1,0 +1,173 @@
+"""What a transport promises, and what each of its verbs puts on the wire.
+
+Bytes that one rank sends, n bytes per message, W ranks:
+
+    all_reduce   2 (W-1)/W n     ring: every rank forwards its share W-1 times, in two rounds
+    all_gather   (W-1) n         n is one rank's contribution; ring and mesh send the same
+    all_to_all   n - own split   what stays on this rank costs nothing
+    broadcast    n per child     in a binomial tree (gloo) or a chain (`chain=True`, NCCL)
+
+These count payload; TCP headers and acknowledgements add about 1% to what an interface reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+
+class Pending(Protocol):
+    """An exchange under way. Its buffers may be touched again once `wait` has returned."""
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Block until done. RuntimeError after `timeout` seconds, or if the exchange failed."""
+
+    def done(self) -> bool:
+        """Whether `wait` would return at once. May say False where the library cannot tell."""
+
+    def poll(self, seconds: float, timeout: float) -> bool:
+        """Wait up to `seconds`: True when done, False if it goes on; raises if it failed.
+
+        Where the library cannot wait for less than all (gloo's receives end the connection when
+        they time out) this is `wait(timeout)`.
+        """
+
+
+class Transport(Protocol):
+    """Moves bytes between the ranks of one group; knows no codecs.
+
+    Ranks are numbered within the group; `ranks[r]` is the global rank of rank r. Tensors are
+    contiguous. All ranks issue the same exchanges in the same order. `timeout` is in seconds.
+    """
+
+    rank: int
+    size: int
+    ranks: tuple[int, ...]
+    timeout: float
+    bytes_sent: int
+    device: torch.device
+
+    def all_to_all(
+        self,
+        out: torch.Tensor,
+        inp: torch.Tensor,
+        *,
+        out_splits: Sequence[int] | None = None,
+        in_splits: Sequence[int] | None = None,
+    ) -> Pending:
+        """Part r of `inp` goes to rank r, part r of `out` comes from it; None: equal parts."""
+
+    def all_gather(self, out: torch.Tensor, inp: torch.Tensor) -> Pending:
+        """`out` becomes the ranks' `inp`, in rank order."""
+
+    def all_reduce(self, x: torch.Tensor) -> Pending:
+        """`x` becomes the sum over ranks, by the library's own collective."""
+
+    def broadcast(self, x: torch.Tensor, src: int) -> Pending:
+        """`x` becomes rank `src`'s x."""
+
+    def send(self, x: torch.Tensor, dst: int, tag: int = 0) -> Pending:
+        """Send `x` to rank `dst`, which receives with the same tag."""
+
+    def recv(self, x: torch.Tensor, src: int, tag: int = 0) -> Pending:
+        """Receive into `x` from rank `src`."""
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+
+    def turn(self) -> int:
+        """0, 1, 2, ...: how often this was called on the group; alike where ranks call alike."""
+
+    def post(self, key: str, value: str) -> None:
+        """Put a text in the group's store, readable by all its ranks."""
+
+    def read(self, key: str, timeout: float) -> str:
+        """The text under `key`; TimeoutError if nobody posted it within `timeout` seconds."""
+
+    def sub(self, ranks: Sequence[int]) -> Transport:
+        """The transport of some of these ranks, in their order here; called by exactly those."""
+
+
+def all_reduce_bytes(nbytes: int, size: int) -> int:
+    """Bytes a rank sends in a ring all-reduce of `nbytes` bytes."""
+    return 2 * (size - 1) * nbytes // size
+
+
+def all_gather_bytes(nbytes: int, size: int) -> int:
+    """Bytes a rank sends to gather `nbytes` bytes of every rank."""
+    return (size - 1) * nbytes
+
+
+def all_to_all_bytes(x: torch.Tensor, splits: Sequence[int] | None, rank: int, size: int) -> int:
+    """Bytes of `x` that leave this rank."""
+    own = x.numel() // size if splits is None else splits[rank]
+    return (x.numel() - own) * x.itemsize
+
+
+def broadcast_bytes(nbytes: int, rank: int, src: int, size: int, *, chain: bool = False) -> int:
+    """Bytes a rank sends to broadcast `nbytes` bytes from `src`."""
+    place = (rank - src) % size
+    if chain:
+        return nbytes if place < size - 1 else 0
+    bits = range(max(0, (size - 1).bit_length()))
+    return nbytes * sum(place < 1 << bit and place + (1 << bit) < size for bit in bits)
+
+
+def check_tensor(verb: str, x: torch.Tensor, device: torch.device) -> None:
+    """Refuse a tensor the library would mishandle (ValueError)."""
+    if not x.is_contiguous():
+        raise ValueError(
+            f"{verb}: the tensor of shape {tuple(x.shape)} is not contiguous; pass x.contiguous()"
+        )
+    if x.device.type != device.type:
+        raise ValueError(
+            f"{verb}: the tensor is on {x.device}, this group moves {device.type} tensors"
+        )
+
+
+def check_all_to_all(
+    out: torch.Tensor,
+    inp: torch.Tensor,
+    out_splits: Sequence[int] | None,
+    in_splits: Sequence[int] | None,
+    size: int,
+) -> None:
+    """Refuse sizes that do not add up: NCCL would move garbage, gloo would abort the process."""
+    for name, x, splits in (("out", out, out_splits), ("inp", inp, in_splits)):
+        if splits is None:
+            if x.numel() % size:
+                raise ValueError(
+                    f"all_to_all: {name} has {x.numel()} elements, not a multiple of {size} ranks; "
+                    "pass split sizes"
+                )
+        elif len(splits) != size or sum(splits) != x.numel() or min(splits) < 0:
+            raise ValueError(
+                f"all_to_all: {name} has {x.numel()} elements and splits {list(splits)}; "
+                f"give {size} sizes >= 0 that add up to it"
+            )
+    if out.dtype != inp.dtype:
+        raise ValueError(f"all_to_all: out is {out.dtype}, inp is {inp.dtype}; they must be equal")
+    if (out_splits is None) != (in_splits is None):
+        raise ValueError("all_to_all: give both split sizes or neither")
+    if out_splits is None and out.numel() != inp.numel():
+        raise ValueError(
+            f"all_to_all: out has {out.numel()} elements, inp {inp.numel()}; "
+            "with equal parts they must be equal"
+        )
+
+
+def check_all_gather(out: torch.Tensor, inp: torch.Tensor, size: int) -> None:
+    """Refuse an output that is not `size` times the input."""
+    if out.numel() != size * inp.numel() or out.dtype != inp.dtype:
+        raise ValueError(
+            f"all_gather: out has {out.numel()} elements of {out.dtype}, inp {inp.numel()} of "
+            f"{inp.dtype}; out must hold {size} x inp of the same dtype"
+        )
+
+
+def check_rank(verb: str, rank: int, size: int) -> None:
+    """Refuse a rank outside the group."""
+    if not 0 <= rank < size:
+        raise ValueError(f"{verb}: rank {rank} is not in this group of {size} (0 to {size - 1})")

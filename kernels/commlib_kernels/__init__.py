@@ -1,0 +1,169 @@
+"""Kernels behind commlib: arrays in, bytes out. Knows neither torch.distributed nor commlib.
+
+Three ops, the same bytes from every backend (kernels/README.md states them)::
+
+    quantize(fmt, x, wire, layout, tag, memory)             x + residual -> wire, residual renewed
+    dequantize(fmt, wire, out, layout, add=)                wire -> out, or added to it
+    reduce(fmt, wires, out, layout, tag, factor=, memory=)  sum of all wires -> a wire or a tensor
+
+A backend is a module with these three functions and a `name`; `BACKENDS` lists them in the order in
+which they are tried for a device. An op that a backend lacks is served by the next one.
+"""
+
+import importlib
+import os
+from types import ModuleType
+
+import torch
+
+from commlib_kernels.formats import Format
+from commlib_kernels.layout import Layout, nbytes, stride
+from commlib_kernels.memory import Memory
+from commlib_kernels.tag import Tag
+
+__all__ = [
+    "BACKENDS",
+    "Format",
+    "Layout",
+    "Memory",
+    "Tag",
+    "available",
+    "backend_for",
+    "dequantize",
+    "nbytes",
+    "quantize",
+    "reduce",
+    "stride",
+]
+
+BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("numba_cpu", "reference")}
+"""Device type -> backends, best first."""
+
+ENVIRONMENT = "COMMLIB_BACKEND"
+
+_loaded: dict[str, ModuleType | ImportError] = {}
+
+
+def _load(name: str) -> ModuleType | ImportError:
+    if name not in _loaded:
+        try:
+            _loaded[name] = importlib.import_module(f"commlib_kernels.{name}")
+        except ImportError as error:
+            _loaded[name] = error
+    return _loaded[name]
+
+
+def available() -> dict[str, str]:
+    """Every backend and "ok", or the reason why it cannot be used here."""
+    names = dict.fromkeys(name for choices in BACKENDS.values() for name in choices)
+    return {
+        name: "ok" if isinstance(found := _load(name), ModuleType) else str(found) for name in names
+    }
+
+
+def backend_for(device: torch.device | str, op: str = "quantize") -> ModuleType:
+    """The backend that serves `op` on tensors of `device`.
+
+    Raises:
+        ValueError: the device has no backend, or COMMLIB_BACKEND names none that serves it.
+        RuntimeError: the backend named by COMMLIB_BACKEND cannot be used here.
+    """
+    kind = torch.device(device).type
+    choices = BACKENDS.get(kind, ())
+    forced = os.environ.get(ENVIRONMENT)
+    if forced:
+        if forced not in choices:
+            allowed = ", ".join(choices) or "none"
+            raise ValueError(
+                f"{ENVIRONMENT}={forced!r} does not serve {kind} tensors; allowed: {allowed}"
+            )
+        choices = (forced,)
+    for name in choices:
+        module = _load(name)
+        if isinstance(module, ModuleType) and hasattr(module, op):
+            return module
+        if forced:
+            raise RuntimeError(f"backend {forced!r}, named by {ENVIRONMENT}, fails: {module}")
+    raise ValueError(f"no kernels for {kind} tensors; devices served: {', '.join(BACKENDS)}")
+
+
+def quantize(
+    fmt: Format,
+    x: torch.Tensor,
+    wire: torch.Tensor,
+    layout: Layout,
+    tag: Tag,
+    memory: Memory | None = None,
+) -> None:
+    """Code flat `x` into `wire` (uint8, `nbytes(layout, fmt)`), adding and renewing `memory`."""
+    _check_tensor("x", x, layout.dtype, layout.extent)
+    _check_wire("wire", wire, nbytes(layout, fmt))
+    backend_for(x.device, "quantize").quantize(fmt, x, wire, layout, tag, memory)
+
+
+def dequantize(
+    fmt: Format, wire: torch.Tensor, out: torch.Tensor, layout: Layout, *, add: bool = False
+) -> None:
+    """Decode `wire` into the elements of flat `out` that it covers, or add it to them."""
+    _check_tensor("out", out, layout.dtype, layout.extent)
+    _check_wire("wire", wire, nbytes(layout, fmt))
+    backend_for(out.device, "dequantize").dequantize(fmt, wire, out, layout, add=add)
+
+
+def reduce(
+    fmt: Format,
+    wires: torch.Tensor,
+    out: torch.Tensor,
+    layout: Layout,
+    tag: Tag,
+    *,
+    factor: float = 1.0,
+    memory: Memory | None = None,
+) -> None:
+    """Sum payloads of one chunk, in rank order and fp32, times `factor`.
+
+    Args:
+        wires: uint8, a whole number of payloads of `stride(layout, fmt)` bytes.
+        out: uint8 wire of one payload (all_reduce), or the dense chunk (reduce_scatter).
+        layout: of one chunk (`Layout.only`).
+    """
+    if layout.chunk is None:
+        raise ValueError("reduce: the layout must hold one chunk, see Layout.only(rank)")
+    size = stride(layout, fmt)
+    if wires.dtype != torch.uint8 or not wires.is_contiguous() or (size and wires.numel() % size):
+        raise ValueError(
+            f"reduce: wires must be contiguous uint8 payloads of {size} bytes, "
+            f"got {wires.numel()} x {wires.dtype}"
+        )
+    if out.dtype == torch.uint8:
+        _check_wire("out", out, size)
+    else:
+        _check_tensor("out", out, out.dtype, layout.chunk_numel(layout.chunk))
+    backend_for(out.device, "reduce").reduce(
+        fmt, wires, out, layout, tag, factor=factor, memory=memory
+    )
+
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _check_tensor(name: str, x: torch.Tensor, dtype: torch.dtype, numel: int) -> None:
+    if x.dtype != dtype or dtype not in _FLOATS:
+        raise ValueError(
+            f"{name}: got {x.dtype} for a layout of {dtype}; kernels take fp32, fp16 and bf16"
+        )
+    if x.dim() != 1 or not x.is_contiguous() or x.numel() < numel:
+        raise ValueError(
+            f"{name}: needs a flat contiguous tensor of at least {numel} elements, "
+            f"got shape {tuple(x.shape)} with strides {x.stride()}"
+        )
+
+
+def _check_wire(name: str, wire: torch.Tensor, size: int) -> None:
+    flat = wire.dim() == 1 and wire.is_contiguous()
+    if wire.dtype != torch.uint8 or not flat or wire.numel() != size:
+        raise ValueError(
+            f"{name}: needs {size} contiguous bytes (uint8), got {wire.numel()} x {wire.dtype}"
+        )
+    if wire.data_ptr() % 16:
+        raise ValueError(f"{name}: must start at a multiple of 16 bytes (128-bit loads)")

@@ -1,0 +1,67 @@
+"""What the bytes of one message mean: the parameters of a wire format, as a value.
+
+A format is all that a backend needs to know of a codec. Five kinds exist:
+
+======== ================================================= ====================== ===========
+kind     code of an element                                scale of a block       value
+======== ================================================= ====================== ===========
+raw      its own bytes, in the dtype of the tensor          none                   itself
+cast     ``fp16`` or ``bf16``                               none                   itself
+uniform  integer in [-levels, levels], two's complement     absmax or l2 / levels  code * scale
+fp8      e4m3 (no infinities)                               absmax / 448           code * scale
+sign     1 if negative                                      mean of |v|            +-scale
+natural  sign and exponent (9 bits)                         none                   +-2^e
+======== ================================================= ====================== ===========
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["raw", "fp16", "bf16", "uniform", "fp8", "sign", "natural"]
+ScaleRule = Literal["none", "absmax", "l2", "mean"]
+
+PLANES = (8, 4, 2, 1)
+"""Bits of the planes that a code is split into, lowest bits first (Flash Communication V2)."""
+
+FP8_MAX = 448.0
+TILE = 128
+"""Elements packed together where no block size says so (casts, natural, ``block=tensor``)."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the elements of a block become bytes. Units: bits per code, elements per block."""
+
+    kind: Kind
+    bits: int = 32
+    levels: int = 0
+    block: int = TILE
+    scale: ScaleRule = "none"
+    per_segment: bool = False
+    """One scale for a whole segment instead of one per block; blocks only group the packing."""
+    stochastic: bool = False
+
+    @property
+    def align(self) -> int:
+        """Segments may be cut into chunks at multiples of this many elements."""
+        return 1 if self.kind == "raw" else self.block
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """Widths of the bit planes, lowest bits first: 7 bits are 4 + 2 + 1."""
+        left, widths = self.bits, []
+        for width in PLANES:
+            while left >= width:
+                widths.append(width)
+                left -= width
+        return tuple(widths)
+
+    def code_bytes(self, numel: int) -> int:
+        """Bytes of the codes of `numel` elements; the last block is padded to 8 elements."""
+        return (numel + 7) // 8 * self.bits
+
+    def scale_count(self, numel: int) -> int:
+        """Scales (2 bytes each) that go with `numel` elements of one segment."""
+        if self.scale == "none" or numel == 0:
+            return 0
+        return 1 if self.per_segment else -(-numel // self.block)

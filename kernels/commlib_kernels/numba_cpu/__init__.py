@@ -1,0 +1,153 @@
+"""CPU kernels compiled by Numba: one thread, no GIL, the speed of memory.
+
+Each call marshals tensors into the flat arguments of `kernels.py`; nothing is copied.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from commlib_kernels import raw
+from commlib_kernels.formats import Format
+from commlib_kernels.layout import Layout, stride, table
+from commlib_kernels.memory import Memory
+from commlib_kernels.numba_cpu import kernels, strips
+from commlib_kernels.numba_cpu.jit import cache_dir
+from commlib_kernels.philox import seed_word
+from commlib_kernels.tag import Tag
+
+__all__ = ["cache_dir", "dequantize", "name", "quantize", "reduce", "warmup"]
+
+name = "numba_cpu"
+
+Array = npt.NDArray[Any]
+
+_NO_SEGMENTS = np.zeros((2, 1), np.uint32)
+
+_DTYPES = {
+    torch.float32: strips.FP32,
+    torch.float16: strips.FP16,
+    torch.bfloat16: strips.BF16,
+    torch.int8: strips.INT8,
+}
+_RULES = {
+    "absmax": strips.ABSMAX,
+    "l2": strips.L2,
+    "mean": strips.MEAN,
+    "none": strips.UNSCALED,
+}
+
+
+def quantize(
+    fmt: Format,
+    x: torch.Tensor,
+    wire: torch.Tensor,
+    layout: Layout,
+    tag: Tag,
+    memory: Memory | None = None,
+) -> None:
+    """Code `x` into `wire`, adding and renewing the residual."""
+    raw.encode(fmt, x, wire, layout)
+    if fmt.kind != "raw":
+        call = _Call(fmt, table(layout, fmt), x)
+        call.a[kernels.WIRE] = wire.data_ptr()
+        call.code(layout, tag, memory)
+        call.run(kernels.ops(fmt.kind).quantize)
+
+
+def dequantize(
+    fmt: Format, wire: torch.Tensor, out: torch.Tensor, layout: Layout, *, add: bool = False
+) -> None:
+    """Decode `wire` into (or add it to) the elements of `out` that its payloads cover."""
+    raw.decode(fmt, wire, out, layout, add=add)
+    if fmt.kind != "raw":
+        call = _Call(fmt, table(layout, fmt), out)
+        call.a[kernels.WIRE] = wire.data_ptr()
+        call.a[kernels.ADD] = add
+        call.run(kernels.ops(fmt.kind).dequantize)
+
+
+def reduce(
+    fmt: Format,
+    wires: torch.Tensor,
+    out: torch.Tensor,
+    layout: Layout,
+    tag: Tag,
+    *,
+    factor: float = 1.0,
+    memory: Memory | None = None,
+) -> None:
+    """Sum the payloads of all ranks into a wire (uint8) or a dense chunk."""
+    size = stride(layout, fmt)
+    if size == 0:
+        return
+    raw.reduce(fmt, wires, size, out, layout, factor)
+    if fmt.kind == "raw":
+        return
+    dense = out.dtype != torch.uint8
+    call = _Call(fmt, table(layout, fmt, owner=True), out if dense else None)
+    call.a[kernels.WIRES : kernels.DENSE + 1] = [
+        wires.data_ptr(), wires.numel() // size, size, dense
+    ]  # fmt: skip
+    call.f[kernels.FACTOR] = factor
+    if not dense:
+        call.a[kernels.WIRE] = out.data_ptr()
+        call.code(layout, tag, memory)
+    call.run(kernels.ops(fmt.kind).reduce)
+
+
+class _Call:
+    """The arguments of one kernel call; keeps alive what they point to."""
+
+    def __init__(self, fmt: Format, rows: Array, x: torch.Tensor | None) -> None:
+        self.a: list[int] = [0] * kernels.ARGUMENTS
+        self.f = [0.0] * 5
+        self.rows, self.fmt = rows, fmt
+        self.segments = _NO_SEGMENTS
+        self.groups: list[Array] = []
+        if x is not None:
+            self.a[kernels.X] = x.data_ptr()
+            self.a[kernels.DTYPE] = _DTYPES[x.dtype]
+        self.a[kernels.MEMORY_KIND] = strips.NONE
+        self.a[kernels.BLOCK : kernels.STOCHASTIC + 1] = [
+            fmt.block, fmt.bits, _RULES[fmt.scale], fmt.per_segment, fmt.stochastic
+        ]  # fmt: skip
+        self.a[kernels.SCRATCH :] = kernels.scratch()
+        self.f[kernels.LEVELS] = 448 if fmt.kind == "fp8" else fmt.levels
+
+    def code(self, layout: Layout, tag: Tag, memory: Memory | None) -> None:
+        """What coding needs beyond the tensor: random streams, residual, shared scales."""
+        a, f, count = self.a, self.f, len(layout.sizes)
+        self.segments = np.zeros((2, count), np.uint32)
+        self.segments[0] = tag.keys
+        a[kernels.STEP : kernels.SEED + 1] = [tag.step, tag.rank, seed_word(tag.seed)]
+        if memory is not None:
+            a[kernels.RESIDUAL] = memory.residual.data_ptr()
+            a[kernels.MEMORY_KIND] = _DTYPES[memory.residual.dtype]
+            if memory.scales is not None:
+                a[kernels.RESIDUAL_SCALES] = memory.scales.data_ptr()
+            f[kernels.ALPHA :] = [memory.alpha, memory.carry, memory.omega]
+            self.segments[1, list(memory.hold)] = 1
+        if self.fmt.per_segment:
+            groups = int(self.rows[:, kernels.GROUP].max(initial=-1)) + 1
+            a[kernels.GROUP_COUNT] = groups
+            self.groups = [np.zeros((groups, 32)) for _ in range(5)]
+            a[kernels.GROUPS : kernels.SCRATCH] = [g.ctypes.data for g in self.groups]
+
+    def run(self, op: Callable[..., None]) -> None:
+        """Call the kernel."""
+        op(np.array(self.a, np.int64), np.array(self.f, np.float32), self.rows, self.segments)
+
+
+def warmup(fmt: Format) -> None:
+    """Compile the ops of this kind of format, or load them from the cache."""
+    if fmt.kind == "raw":
+        return
+    layout = Layout((fmt.block,), align=fmt.align)
+    x, wire = torch.zeros(fmt.block), torch.zeros(stride(layout, fmt), dtype=torch.uint8)
+    quantize(fmt, x, wire, layout, Tag())
+    dequantize(fmt, wire, x, layout)
+    reduce(fmt, wire, x, layout.only(0), Tag())

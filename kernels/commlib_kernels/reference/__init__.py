@@ -1,0 +1,253 @@
+"""The oracle: every op in plain NumPy, obvious rather than fast.
+
+Equations are those of kernels/README.md; each backend is tested byte for byte against this one.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from commlib_kernels.formats import Format
+from commlib_kernels.layout import Layout, Piece, pieces, stride
+from commlib_kernels.memory import Memory
+from commlib_kernels.philox import lanes
+from commlib_kernels.reference import blocks, elements
+from commlib_kernels.reference.elements import F32, Bits, Floats
+from commlib_kernels.tag import Tag
+
+name = "reference"
+
+Bytes = npt.NDArray[np.uint8]
+
+QUIET = np.errstate(over="ignore", invalid="ignore")
+"""Inf - Inf and overflow are data here, not mistakes: they reach the wire as what they are."""
+
+
+@QUIET
+def quantize(
+    fmt: Format,
+    x: torch.Tensor,
+    wire: torch.Tensor,
+    layout: Layout,
+    tag: Tag,
+    memory: Memory | None = None,
+) -> None:
+    """Code `x` into `wire`, adding and renewing the residual."""
+
+    def source(p: Piece) -> Floats:
+        return elements.load(x[p.x : p.x + p.numel])
+
+    raw = elements.raw(x)
+    for p in pieces(layout, fmt):
+        if p.exact:
+            itemsize = layout.dtype.itemsize
+            data = raw[p.x * itemsize : (p.x + p.numel) * itemsize]
+            elements.raw(wire)[p.code : p.code + data.size] = data
+    _emit(fmt, source, elements.raw(wire), pieces(layout, fmt), tag, memory)
+
+
+@QUIET
+def dequantize(
+    fmt: Format, wire: torch.Tensor, out: torch.Tensor, layout: Layout, *, add: bool = False
+) -> None:
+    """Decode `wire` into (or add it to) the elements of `out` that its payloads cover."""
+    data = elements.raw(wire)
+    for p in pieces(layout, fmt):
+        here = out[p.x : p.x + p.numel]
+        if p.exact and not add:
+            elements.raw(here)[:] = data[p.code :][: p.numel * layout.dtype.itemsize]
+            continue
+        v = _decode(fmt, data, p, layout)
+        elements.store(here, elements.load(here) + v if add else v)
+
+
+@QUIET
+def reduce(
+    fmt: Format,
+    wires: torch.Tensor,
+    out: torch.Tensor,
+    layout: Layout,
+    tag: Tag,
+    *,
+    factor: float = 1.0,
+    memory: Memory | None = None,
+) -> None:
+    """Sum the payloads of all ranks, in rank order and fp32, times `factor`.
+
+    `out` is the owner's wire (uint8), or its dense chunk (a float tensor).
+    """
+    data, size = elements.raw(wires), stride(layout, fmt)
+
+    def total(p: Piece) -> Floats:
+        acc = np.zeros(p.numel, F32)
+        for rank in range(data.size // size if size else 0):
+            acc += _decode(fmt, data[rank * size :], p, layout)
+        return acc * F32(factor)
+
+    rows = pieces(layout, fmt, owner=True)
+    if out.dtype != torch.uint8:
+        for p in rows:
+            elements.store(out[p.memory : p.memory + p.numel], total(p))
+        return
+    for p in rows:
+        if p.exact:
+            chunk = torch.empty(p.numel, dtype=layout.dtype)
+            elements.store(chunk, total(p))
+            elements.raw(out)[p.code : p.code + p.numel * chunk.itemsize] = elements.raw(chunk)
+    _emit(fmt, total, elements.raw(out), rows, tag, memory)
+
+
+def _emit(
+    fmt: Format,
+    source: Callable[[Piece], Floats],
+    out: Bytes,
+    rows: tuple[Piece, ...],
+    tag: Tag,
+    memory: Memory | None,
+) -> None:
+    """Add the residual to what `source` gives, code it into `out`, renew the residual."""
+    groups: dict[int, list[Piece]] = {}
+    for p in rows:
+        if not p.exact:
+            groups.setdefault(p.group, []).append(p)
+    for members in groups.values():
+        values = [source(p) for p in members]
+        residuals = [_residual(memory, p, fmt) for p in members]
+        if memory is not None:
+            values = [
+                v if h is None else v + F32(memory.alpha) * h
+                for v, h in zip(values, residuals, strict=True)
+            ]
+        shared = None
+        if fmt.per_segment:
+            whole = np.concatenate(values)
+            shared = blocks.scale_bits(fmt, whole, whole.size)
+        for p, v, h in zip(members, values, residuals, strict=True):
+            _emit_piece(fmt, v, h, out, p, tag, memory, shared)
+
+
+def _emit_piece(
+    fmt: Format,
+    v: Floats,
+    h: Floats | None,
+    out: Bytes,
+    p: Piece,
+    tag: Tag,
+    memory: Memory | None,
+    shared: tuple[np.uint32, np.uint32] | None,
+) -> None:
+    code, scale = p.code, p.scale
+    for start, rows, width, numel in _runs(fmt, p.numel):
+        grid = np.zeros((rows, width), F32)
+        grid.reshape(-1)[:numel] = v[start : start + numel]
+        per_row = numel if rows == 1 else width
+        if fmt.scale == "none":
+            scales, m = np.ones(rows, np.uint32), np.full(rows, blocks.TINY)
+        elif shared is not None:
+            scales, m = (np.full(rows, s) for s in shared)
+        else:
+            both = [blocks.scale_bits(fmt, row[:per_row], per_row) for row in grid]
+            scales, m = (np.array(c, np.uint32) for c in zip(*both, strict=True))
+        random = lanes(tag, p.segment, p.base + start, rows, width) if fmt.stochastic else None
+        codes = blocks.code(fmt, grid, scales, random)
+        data = blocks.pack(fmt, codes).reshape(-1)
+        out[code : code + data.size] = data
+        code += data.size
+        if fmt.scale != "none" and (shared is None or start == 0):
+            words = scales[: 1 if shared is not None else rows].astype("<u2").view(np.uint8)
+            out[scale : scale + words.size] = words
+            scale += words.size
+        if memory is not None and h is not None:
+            old = np.zeros((rows, width), F32)
+            old.reshape(-1)[:numel] = h[start : start + numel]
+            new = _renewed(memory, grid, old, blocks.value(fmt, codes, scales))
+            held = np.zeros(rows, np.bool_)
+            if fmt.scale != "none":
+                held = scales == blocks.BAD_SCALE
+                new = np.where((m < blocks.TINY)[:, None], F32(0), new)
+                new = np.where(held[:, None], old, new)
+            else:
+                new = np.where(np.isfinite(new), new, old)
+            _keep(memory, p, fmt, start, new, numel, held)
+
+
+def _renewed(memory: Memory, v: Floats, old: Floats, decoded: Floats) -> Floats:
+    """``carry h + omega (v - Q(v))``; a factor of 1 and a term of 0 are left out."""
+    error = v - decoded
+    if memory.omega != 1:
+        error = F32(memory.omega) * error
+    return error if memory.carry == 0 else F32(memory.carry) * old + error
+
+
+def _residual(memory: Memory | None, p: Piece, fmt: Format) -> Floats | None:
+    if memory is None or p.segment in memory.hold:
+        return None
+    h = elements.load(memory.residual[p.memory : p.memory + p.numel])
+    if memory.scales is None:
+        return h
+    count = -(-p.numel // fmt.block)
+    s = memory.scales[p.memory_block : p.memory_block + count].numpy().view(np.uint16)
+    return h * np.repeat(elements.bf16_value(s), fmt.block)[: p.numel]
+
+
+def _keep(
+    memory: Memory,
+    p: Piece,
+    fmt: Format,
+    start: int,
+    new: Floats,
+    numel: int,
+    held: npt.NDArray[np.bool_],
+) -> None:
+    """Store the renewed residual; blocks that are `held` keep their bits."""
+    place = memory.residual[p.memory + start : p.memory + start + numel]
+    if memory.scales is None:
+        elements.store(place, new.reshape(-1)[:numel])
+        return
+    new.reshape(-1)[numel:] = 0  # padding has no error: it must not join the scale
+    eighth = Format("uniform", bits=8, levels=127, block=fmt.block, scale="absmax")
+    both = [blocks.scale_bits(eighth, row, row.size) for row in new]
+    # A residual that int8 cannot hold is forgotten rather than kept as NaN.
+    scales = np.array([0 if s == blocks.BAD_SCALE else s for s, _ in both], np.uint32)
+    codes = blocks.code(eighth, new, scales, None)
+    # Coding an int8 residual again is not the identity: where it stays, it stays as it is.
+    kept = np.repeat(held, new.shape[1])[:numel]
+    place.numpy()[:] = np.where(kept, place.numpy(), codes.reshape(-1)[:numel])
+    first = p.memory_block + start // fmt.block
+    words = memory.scales[first : first + len(scales)].numpy()
+    words[:] = np.where(held, words, scales.astype(np.int16))
+
+
+def _runs(fmt: Format, numel: int) -> Iterator[tuple[int, int, int, int]]:
+    """(start, rows, width, elements): the full blocks, then the short last one."""
+    full = numel // fmt.block
+    if full:
+        yield 0, full, fmt.block, full * fmt.block
+    rest = numel - full * fmt.block
+    if rest:
+        yield full * fmt.block, 1, (rest + 7) // 8 * 8, rest
+
+
+def _decode(fmt: Format, data: Bytes, p: Piece, layout: Layout) -> Floats:
+    if p.exact:
+        chunk = torch.empty(p.numel, dtype=layout.dtype)
+        elements.raw(chunk)[:] = data[p.code :][: p.numel * chunk.itemsize]
+        return elements.load(chunk)
+    parts = [np.zeros(0, F32)]
+    code = p.code
+    words: Bits = (
+        data[p.scale :][: 2 * fmt.scale_count(p.numel)].copy().view("<u2").astype(np.uint32)
+    )
+    for start, rows, width, numel in _runs(fmt, p.numel):
+        size = rows * width * fmt.bits // 8
+        codes = blocks.unpack(fmt, data[code : code + size].reshape(rows, -1), width)
+        code += size
+        first = start // fmt.block
+        if fmt.scale == "none":
+            scales = np.ones(rows, np.uint32)
+        else:
+            scales = np.repeat(words, rows) if fmt.per_segment else words[first : first + rows]
+        parts.append(blocks.value(fmt, codes, scales).reshape(-1)[:numel])
+    return np.concatenate(parts)

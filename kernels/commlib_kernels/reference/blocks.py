@@ -1,0 +1,182 @@
+"""Blocks: fp32 values to codes and scales, and back. Arrays are (blocks, elements of a block)."""
+
+import numpy as np
+import numpy.typing as npt
+
+from commlib_kernels.formats import FP8_MAX, Format
+from commlib_kernels.reference import elements
+from commlib_kernels.reference.elements import E4M3, F32, NAN, Bits, Floats
+
+HUGE = np.uint32(0x7E800000)  # 2^126: from here on 1 / scale would be subnormal
+TINY = np.uint32(0x0D800000)  # 2^-100: below this a block counts as zero
+BAD_SCALE = np.uint32(0x7FC0)
+RUN = 4096
+LANES = 32
+
+Codes = npt.NDArray[np.int32]
+
+
+def absmax(v: Floats) -> Bits:
+    """Maximum of the absolute bit patterns per row: order-free, and it shows NaN and Inf."""
+    top: Bits = (elements.bits(v) & np.uint32(0x7FFFFFFF)).max(axis=1, initial=0)
+    return top
+
+
+def lane_sum(v: npt.NDArray[np.float64]) -> np.float64:
+    """Sum in the order every backend can follow: 32 lanes, then a tree over the lanes.
+
+    Lane j adds elements j, j + 32, ... in order; then lane j adds lane j + k for k = 16 .. 1.
+    """
+    padded = np.zeros(-(-max(v.size, 1) // LANES) * LANES)
+    padded[: v.size] = v
+    lanes = np.zeros(LANES)
+    for row in padded.reshape(-1, LANES):
+        lanes += row
+    for k in (16, 8, 4, 2, 1):
+        lanes[:k] += lanes[k : 2 * k]
+    return np.float64(lanes[0])
+
+
+def norm_sum(v: npt.NDArray[np.float64]) -> np.float64:
+    """`lane_sum` of the `lane_sum` of every run of 4096 elements."""
+    runs = [lane_sum(v[i : i + RUN]) for i in range(0, v.size, RUN)]
+    return lane_sum(np.array(runs))
+
+
+def scale_bits(fmt: Format, v: Floats, numel: int) -> tuple[np.uint32, np.uint32]:
+    """(bf16 bits of the scale, absmax bits) of one block of `numel` elements."""
+    m = absmax(v.reshape(1, -1))[0]
+    if m >= HUGE:
+        return BAD_SCALE, m
+    if m < TINY:
+        return np.uint32(0), m
+    if fmt.scale == "mean":
+        mean = norm_sum(np.abs(v.astype(np.float64))) / numel
+        return elements.bf16_nearest(np.array([mean], F32))[0], m
+    if fmt.scale == "l2":
+        norm = np.sqrt(norm_sum(v.astype(np.float64) ** 2))
+        top = np.array([norm / fmt.levels]).astype(F32)
+    else:
+        levels = FP8_MAX if fmt.kind == "fp8" else fmt.levels
+        top = m.reshape(1).view(F32) / F32(levels)
+    s = elements.bf16_up(top)[0]
+    return (BAD_SCALE if s >= HUGE >> 16 else s), m
+
+
+def code(fmt: Format, v: Floats, scales: Bits, random: npt.NDArray[np.uint64] | None) -> Codes:
+    """Codes of blocks whose scales are good; rows with a zero or bad scale get code 0."""
+    if fmt.kind == "bf16":
+        return elements.bf16_nearest(v).astype(np.int32)
+    if fmt.kind == "fp16":
+        return elements.fp16_nearest(v).astype(np.int32)
+    if fmt.kind == "natural":
+        return _natural(v, random)
+    good = (scales != 0) & (scales != BAD_SCALE)
+    inv = np.ones(scales.size, F32)
+    np.divide(F32(1), elements.bf16_value(scales), out=inv, where=good)
+    v = np.where(good[:, None], v, F32(0))
+    if fmt.kind == "sign":
+        codes = (elements.bits(v) >> 31).astype(np.int32)
+    elif fmt.kind == "fp8":
+        codes = _e4m3(v * inv[:, None], random)
+    else:
+        y = v * inv[:, None]
+        y = np.rint(y) if random is None else np.floor(y + _uniform(random))
+        codes = np.clip(y, -fmt.levels, fmt.levels).astype(np.int32)
+    return np.where(good[:, None], codes, 0)
+
+
+def value(fmt: Format, codes: Codes, scales: Bits) -> Floats:
+    """Decoded values."""
+    if fmt.kind == "bf16":
+        return elements.bf16_value(codes)
+    if fmt.kind == "fp16":
+        return elements.fp16_value(codes)
+    if fmt.kind == "natural":
+        exponent = (codes & 0xFF).astype(np.uint32)
+        sign = (codes >> 8).astype(np.uint32)
+        return np.where(exponent == 255, NAN, ((sign << 31) | (exponent << 23)).view(F32))
+    s = elements.bf16_value(scales)[:, None]
+    if fmt.kind == "sign":
+        v = np.where(codes == 1, -s, s)
+    elif fmt.kind == "fp8":
+        magnitude = E4M3[codes & 0x7F].astype(F32) * s
+        v = np.where(codes & 0x80, -magnitude, magnitude)
+    else:
+        v = codes.astype(F32) * s
+    return np.where(np.isnan(s), NAN, v)
+
+
+def _uniform(random: npt.NDArray[np.uint64]) -> Floats:
+    """16 random bits to the middle of one of 65536 cells of [0, 1)."""
+    return (random.astype(F32) + F32(0.5)) * F32(2.0**-16)
+
+
+def _natural(v: Floats, random: npt.NDArray[np.uint64] | None) -> Codes:
+    """Sign and exponent; the mantissa is the probability of rounding up (Horvath et al. 2019)."""
+    b = elements.bits(v)
+    magnitude = b & np.uint32(0x7FFFFFFF)
+    if random is None:
+        add = np.full_like(b, 0x400000)
+    else:
+        add = (random.astype(np.uint32) << np.uint32(7)) | np.uint32(64)
+    exponent = np.minimum((magnitude + add) >> np.uint32(23), np.uint32(254))
+    signed = exponent | (b >> np.uint32(31)) << np.uint32(8)
+    # The sign of a NaN is not the same on all processors: it does not travel.
+    codes: Codes = np.where(magnitude >= 0x7F800000, 255, signed).astype(np.int32)
+    return codes
+
+
+def _e4m3(y: Floats, random: npt.NDArray[np.uint64] | None) -> Codes:
+    """fp8 codes: the nearest (ties to even code), or one of the two neighbours at random."""
+    a = np.minimum(np.abs(y), F32(FP8_MAX)).astype(np.float64)
+    low = np.searchsorted(E4M3, a, side="right") - 1
+    high = np.minimum(low + 1, E4M3.size - 1)
+    gap = np.where(high > low, E4M3[high] - E4M3[low], 1.0)
+    if random is None:
+        twice = 2 * (a - E4M3[low])
+        up = (twice > gap) | ((twice == gap) & (low % 2 == 1))
+    else:
+        up = (a - E4M3[low]) / gap + (random + 0.5) / 65536 >= 1
+        # Below 2^-6 values are evenly spaced and the sum is taken in fp32 as for integers.
+        even = np.floor(a.astype(F32) * F32(512) + _uniform(random)) > low
+        up = np.where(a < 2.0**-6, even, up)
+    codes: Codes = (np.where(up, high, low) | (elements.bits(y) >> 31) << 7).astype(np.int32)
+    return codes
+
+
+def pack(fmt: Format, codes: Codes) -> npt.NDArray[np.uint8]:
+    """Codes to bytes, (blocks, bytes): bit planes, lowest first; casts as little-endian words.
+
+    A plane of w bits packs element ``j n w / 8 + i`` of an n-element block into byte i, at bit j w.
+    """
+    blocks, n = codes.shape
+    if fmt.kind in ("fp16", "bf16"):
+        return codes.astype("<u2").view(np.uint8).reshape(blocks, 2 * n)
+    planes, shift = [], 0
+    for width in fmt.planes:
+        digits = (codes >> shift) & ((1 << width) - 1)
+        groups = digits.reshape(blocks, 8 // width, n * width // 8)
+        weights = (1 << (width * np.arange(8 // width)))[None, :, None]
+        planes.append((groups * weights).sum(axis=1))
+        shift += width
+    return np.concatenate(planes, axis=1).astype(np.uint8)
+
+
+def unpack(fmt: Format, data: npt.NDArray[np.uint8], n: int) -> Codes:
+    """Bytes to codes, (blocks, n); uniform codes are sign-extended."""
+    blocks = data.shape[0]
+    if fmt.kind in ("fp16", "bf16"):
+        return np.ascontiguousarray(data).view("<u2").astype(np.int32).reshape(blocks, n)
+    codes = np.zeros((blocks, n), np.int32)
+    start, shift = 0, 0
+    for width in fmt.planes:
+        size = n * width // 8
+        plane = data[:, start : start + size].astype(np.int32)
+        digits = [(plane >> (j * width)) & ((1 << width) - 1) for j in range(8 // width)]
+        codes |= np.concatenate(digits, axis=1) << shift
+        start, shift = start + size, shift + width
+    if fmt.kind == "uniform":
+        half = 1 << (fmt.bits - 1)
+        codes = (codes ^ half) - half
+    return codes

@@ -1,0 +1,73 @@
+"""Every backend writes the bytes of the reference: all formats, dtypes, residuals, shapes, data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from commlib.codecs import codec
+from commlib_kernels import Layout, reference
+from tests.contract import (
+    CODECS,
+    DTYPES,
+    KINDS,
+    LENGTHS,
+    RESIDUALS,
+    Case,
+    backends,
+    check_backend,
+    layouts,
+    require,
+)
+
+FAST = [name for name in backends() if name != "reference"]
+RATES = {"none": (1.0, 1.0, 1.0), "fp32": (1.0, 1.0, 1.0), "bf16": (0.2, 1.0, 1.0)}
+RATES["int8"] = (1.0, 1.0, 0.75)  # LoCo keeps its moving average in 8 bits
+
+
+@pytest.mark.parametrize("text", CODECS)
+@pytest.mark.parametrize("name", FAST)
+class TestSameBytes:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_of_every_kind_of_data_and_length(
+        self, name: str, text: str, dtype: torch.dtype
+    ) -> None:
+        candidate, layout = require(name), Layout(LENGTHS, dtype)
+        for kind in KINDS if dtype == torch.float32 else ("mixed",):
+            for residual in RESIDUALS if kind in ("random", "mixed") else ("fp32",):
+                case = Case(codec(text).format, layout, kind, residual, RATES[residual])
+                check_backend(candidate, reference, case)
+
+    def test_of_every_shape_of_message(self, name: str, text: str) -> None:
+        candidate, fmt = require(name), codec(text).format
+        for index, (_, layout) in enumerate(layouts(fmt)):
+            residual = list(RESIDUALS)[index % 4]
+            rates = ((1.0, 1.0, 1.0), (0.2, 0.9, 1.0), (1.0, 1.0, 0.5))[index % 3]
+            hold = (0,) if index % 2 else ()
+            check_backend(candidate, reference, Case(fmt, layout, "mixed", residual, rates, hold))
+
+
+def test_a_missing_backend_fails_where_it_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(pytest.skip.Exception, match="no_such_backend"):
+        require("no_such_backend")
+    monkeypatch.setenv("COMMLIB_REQUIRE", "reference,no_such_backend")
+    with pytest.raises(pytest.fail.Exception, match="COMMLIB_REQUIRE names no_such_backend"):
+        require("no_such_backend")
+
+
+def test_a_wrong_byte_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison itself can fail: a rounding that is off by one code is seen (T34)."""
+    from types import ModuleType
+
+    broken = ModuleType("broken")
+    broken.name = "broken"
+    for op in ("quantize", "dequantize", "reduce"):
+        setattr(broken, op, getattr(reference, op))
+
+    def quantize(fmt, x, wire, *rest):  # type: ignore[no-untyped-def]
+        reference.quantize(fmt, x, wire, *rest)
+        wire[3] ^= 1
+
+    broken.quantize = quantize
+    with pytest.raises(pytest.fail.Exception, match=r"1 of .* bytes of the wire of step 0"):
+        check_backend(broken, reference, Case(codec("int8").format, Layout((64,))))

@@ -1,0 +1,223 @@
+"""The benchmark measures what it says: numbers from clocks, the row schema, real ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from commlib.benchmark.codecs import CodecBench
+from commlib.benchmark.codecs import run as run_codecs
+from commlib.benchmark.collectives import Bench, sizes_between
+from commlib.benchmark.contestants import OPS, Buffers
+from commlib.benchmark.rows import CodecRow, Row, codec_table, origin, table, write_jsonl
+from commlib.benchmark.timing import (
+    MAX_ROUNDS,
+    MIN_ROUNDS,
+    interleave,
+    median_interval,
+    paired_ratio,
+    percentile,
+    rounds_within,
+)
+from commlib.benchmark.units import format_rate, format_size, parse_size
+
+SCHEMA = {
+    "op", "scheme", "backend", "ranks", "size_bytes", "wire_bytes", "ms_p50", "ms_p80",
+    "algbw_GBps", "busbw_GBps", "rel_err", "speedup", "link", "device", "versions", "commit",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("4096", 4096),
+        ("64KiB", 65536),
+        ("64kib", 65536),
+        ("1.5 MiB", 1572864),
+        ("2GB", 2 * 10**9),
+        ("12b", 12),
+    ],
+)
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "KiB", "64 kibibytes", "-1", "1e6", "64Ki"])
+def test_bad_sizes_name_the_units(text: str) -> None:
+    with pytest.raises(ValueError, match="64KiB"):
+        parse_size(text)
+
+
+def test_sizes_and_rates_read_back() -> None:
+    for size in (0, 1000, 65536, 1536 << 10, 1 << 30):
+        assert parse_size(format_size(size)) == size
+    assert format_rate(1e9) == "1 Gbit/s"
+    assert format_rate(2.5e6) == "2.5 Mbit/s"
+
+
+def test_sizes_between_ends_at_the_largest() -> None:
+    assert sizes_between(4, 64, 4) == (4, 16, 64)
+    assert sizes_between(4, 60, 4) == (4, 16, 60)
+    assert sizes_between(8, 8, 2) == (8,)
+    for bad in ((0, 8, 2), (9, 8, 2), (1, 8, 1)):
+        with pytest.raises(ValueError, match="sizes from"):
+            sizes_between(*bad)
+
+
+def test_percentiles_are_linear_between_neighbours() -> None:
+    assert percentile([3.0, 1.0, 2.0], 50) == 2.0
+    assert percentile([1.0, 2.0], 80) == pytest.approx(1.8)
+    assert percentile([5.0], 80) == 5.0
+
+
+def test_median_interval_is_the_sign_test() -> None:
+    # from tables of the sign test: n = 6 -> the range, n = 20 -> 6th and 15th
+    six = median_interval([float(i) for i in range(1, 7)])
+    assert six == (3.5, 1.0, 6.0)
+    twenty = median_interval([float(i) for i in range(1, 21)])
+    assert (twenty.low, twenty.high) == (6.0, 15.0)
+
+
+def test_median_interval_holds_the_median_as_often_as_it_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(2000, 15, generator=generator).exp()  # skewed; its median is 1
+    hits = sum(i.low <= 1.0 <= i.high for i in map(median_interval, values.tolist()))
+    assert 0.95 <= hits / 2000 <= 0.985  # exact coverage at n = 15 is 96.5%
+
+
+def test_paired_ratio_cancels_what_hits_a_whole_round() -> None:
+    base = [1.0, 10.0, 2.0, 7.0, 1.0, 3.0]
+    ratio = paired_ratio([2 * t for t in base], base)
+    assert ratio == (2.0, 2.0, 2.0)
+    with pytest.raises(ValueError, match="paired"):
+        paired_ratio([1.0], [1.0, 2.0])
+
+
+def test_rounds_keep_to_the_budget_within_bounds() -> None:
+    assert rounds_within(10.0, 0.5) == 20
+    assert rounds_within(10.0, 100.0) == MIN_ROUNDS
+    assert rounds_within(10.0, 0.0) == MAX_ROUNDS
+
+
+def test_interleave_takes_turns() -> None:
+    order: list[str] = []
+    times = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
+    assert order == ["a", "b"] * 3
+    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_buffers_know_the_exact_result(op: str, world: int) -> None:
+    ranks = [Buffers(op, 1000 * 4, rank, world, seed=3) for rank in range(world)]
+    exact = sum(buffers.sample()[1] for buffers in ranks)
+    assert isinstance(exact, torch.Tensor)
+    whole = {
+        "all_reduce": sum(b.source for b in ranks),
+        "reduce_scatter": sum(b.source for b in ranks),
+        "all_gather": torch.cat([b.source for b in ranks]),
+    }[op]
+    assert isinstance(whole, torch.Tensor)
+    covered = torch.zeros(len(exact), dtype=torch.bool)
+    for buffers in ranks:
+        part = slice(buffers.rank * buffers.part, (buffers.rank + 1) * buffers.part)
+        buffers.output.copy_(whole[part] if op == "reduce_scatter" else whole)
+        held, result = buffers.result_at(buffers.sample()[0])
+        torch.testing.assert_close(result, exact[held], rtol=1e-6, atol=1e-6)
+        covered |= held
+    assert covered.all()
+    assert (
+        ranks[0].must_send() == (2 if op == "all_reduce" else 1) * (world - 1) * ranks[0].part * 4
+    )
+
+
+def test_reset_spoils_what_an_idle_contestant_would_leave() -> None:
+    buffers = Buffers("all_gather", 64, 0, 2, seed=0)
+    buffers.output.zero_()
+    buffers.reset()
+    assert buffers.output.isnan().all()
+
+
+def row(**changes: object) -> Row:
+    values: dict[str, object] = {
+        "op": "all_reduce", "scheme": "int8+ef", "backend": "numba_cpu", "ranks": 2,
+        "size_bytes": 65536, "wire_bytes": 16640, "ms_p50": 1.5, "ms_p80": 2.0,
+        "algbw_GBps": 0.04, "busbw_GBps": 0.04, "rel_err": 0.01, "speedup": 2.0,
+        "link": "loopback", **changes,
+    }  # fmt: skip
+    return Row(**values)  # type: ignore[arg-type]
+
+
+def test_a_row_carries_the_schema_and_where_it_comes_from(tmp_path: Path) -> None:
+    assert {f.name for f in fields(Row)} >= SCHEMA
+    assert {f.name for f in fields(CodecRow)} >= {
+        "op", "scheme", "size_bytes", "wire_bytes", "bits", "nmse", "rd_gap", "of_copy",
+    }  # fmt: skip
+    file = tmp_path / "made" / "rows.jsonl"
+    write_jsonl(file, [row(), row(rel_err=None)])
+    write_jsonl(file, [row(scheme="auto", chosen="int8")])
+    first, second, third = map(json.loads, file.read_text().splitlines())
+    assert first["device"] == origin().device
+    assert first["versions"]["torch"]
+    assert second["rel_err"] is None
+    assert third["chosen"] == "int8"
+
+
+def test_a_table_shows_what_applies_and_a_dash_where_nothing_does() -> None:
+    text = table([row(scheme="auto", chosen="int8"), row(rel_err=None, ratio=0.5,
+                  ratio_ci_low=0.4, ratio_ci_high=0.6)])  # fmt: skip
+    assert "auto (int8)" in text
+    assert "0.500 [0.400, 0.600]" in text
+    assert "64KiB" in text
+
+
+def test_json_never_holds_a_nan(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_jsonl(tmp_path / "rows.jsonl", [row(rel_err=math.nan)])
+
+
+def test_codec_rows_are_measured_on_the_shipped_codecs() -> None:
+    bench = CodecBench(codecs=("fp32", "int4", "ternary"), size=64 << 10, iters=6, peers=False)
+    rows = run_codecs(bench)
+    by = {(r.scheme, r.op): r for r in rows}
+    assert {op for scheme, op in by if scheme == "int4"} == {
+        "copy", "encode", "encode+ef", "stochastic", "decode", "decode+add", "reduce4",
+        "reduce4+ef",
+    }  # fmt: skip
+    assert ("ternary", "encode+ef") not in by  # refused: it would diverge
+    int4 = by["int4", "encode"]
+    assert int4.bits == pytest.approx(4.125, abs=0.01)
+    assert int4.nmse is not None
+    assert 1e-3 < int4.nmse < 3e-2
+    assert int4.rd_gap == pytest.approx(int4.bits - 0.5 * math.log2(1 / int4.nmse))
+    assert int4.rd_gap > 0  # nothing beats the bound
+    fp32 = by["fp32", "encode"]
+    assert fp32.nmse == 0.0
+    assert fp32.rd_gap is None
+    assert by["int4", "copy"].of_copy == 1.0
+    assert all(r.iters == 6 and r.threads == 1 for r in rows)
+    text = codec_table(rows, ("encode", "encode+ef", "decode"))
+    assert "int4" in text
+    assert "4.125" in text
+
+
+def test_torch_is_a_peer_like_any_other() -> None:
+    from commlib.benchmark.peers import PEERS
+
+    x = torch.randn(1 << 12)
+    peer = PEERS["torch int8 eager"](x)
+    for run in peer.operations.values():
+        run()
+    assert peer.nbytes == 4096 + 4 * 32
+    assert float((peer.decoded() - x).norm() / x.norm()) < 0.01
+
+
+def test_an_unknown_collective_is_refused() -> None:
+    with pytest.raises(ValueError, match="all_reduce"):
+        Buffers("allreduce", 64, 0, 2, seed=0)
+    assert Bench("all_reduce", ("int8",), (64,)).iters is None

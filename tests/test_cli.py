@@ -1,0 +1,197 @@
+"""The command line: what it accepts, what it refuses and how, and one real run of each kind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from commlib import __version__, emulation
+from commlib.cli import main, parser
+
+GROUND = {"gloo fp32", "gloo bf16", "noop", "raw a2a"}
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def rows_of(file: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    out = capsys.readouterr().out
+    assert f"commlib {__version__}" in out
+    assert "torch 2." in out
+
+
+def test_without_a_command_it_shows_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    out = capsys.readouterr().out
+    assert all(command in out for command in ("bench", "demo", "warmup", "doctor"))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--help",), ("commlib doctor", "commlib bench")),
+        (("bench", "--help"), ("all_reduce", "codecs")),
+        (("bench", "all_reduce", "--help"), ("64KiB", "GB/s = 1e9", "--rate", "examples:")),
+        (("bench", "codecs", "--help"), ("R-D gap", "examples:", "64MiB")),
+        (("warmup", "--help"), ("Compiles every kernel",)),
+        (("doctor", "--help"), ("exit 1 on a FAULT", "--json")),
+        (("demo", "--help"), ("--rate",)),
+    ],
+)
+def test_help_has_units_and_examples(
+    words: tuple[str, ...], expected: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert all(text in out for text in expected)
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys; from commlib.cli import parser; parser().format_help(); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("bench", "all_reduce", "--min", "64Ki"), "write 64KiB"),
+        (("bench", "all_reduce", "--rate", "fast"), "mbit"),
+        (("bench", "all_reduce", "--schemes", "int4+ef,int99"), "int99"),
+        (("bench", "all_reduce", "--schemes", "ternary+ef"), "ternary"),
+        (("bench", "all_reduce", "--ranks", "0"), "at least 1"),
+        (("bench", "all_reduce", "--min", "2MiB", "--max", "1MiB"), "larger than --max"),
+        (("bench", "allreduce"), "all_reduce"),
+        (("bench", "codecs", "--codecs", "int44"), "did you mean"),
+        (("doctro",), "doctor"),
+    ],
+)
+def test_bad_words_are_refused_with_what_is_allowed(
+    words: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in refused(capsys, *words)
+
+
+def test_options_become_values() -> None:
+    args = parser().parse_args(
+        ["bench", "all_gather", "--schemes", "int8, auto", "--min", "4KiB", "--rate", "1gbit"]
+    )
+    assert args.op == "all_gather"
+    assert args.schemes == ("int8", "auto")
+    assert args.min == 4096
+    assert args.rate == "1gbit"
+    assert args.ranks == 4
+
+
+def test_bench_alone_means_all_reduce(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+
+    def spawn(argv: list[str], ranks: int, **options: object) -> int:
+        seen.extend([argv, ranks, options["rate"]])
+        return 3
+
+    monkeypatch.setattr(emulation, "spawn", spawn)
+    assert main(["bench", "--ranks", "2"]) == 3  # the ranks' exit code is the command's
+    assert seen[0][3:5] == ["bench", "all_reduce"]  # type: ignore[index]
+    assert seen[1:] == [2, None]
+
+
+def test_where_hosts_cannot_be_emulated_it_says_so_and_uses_loopback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[object] = []
+
+    def spawn(argv: list[str], ranks: int, **options: object) -> int:
+        seen.extend([argv, options["rate"]])
+        return 0
+
+    monkeypatch.setattr(emulation, "available", lambda: "unshare is not permitted")
+    monkeypatch.setattr(emulation, "spawn", spawn)
+    assert main(["bench", "all_reduce", "--rate", "1gbit"]) == 0
+    assert "unshare is not permitted" in capsys.readouterr().err
+    assert seen[1] is None
+    assert "--rate" not in seen[0]  # type: ignore[operator]
+    assert "loopback" in seen[0]  # type: ignore[operator]
+
+
+def test_what_the_world_refuses_is_one_line_and_exit_code_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spawn(*_: object, **__: object) -> int:
+        raise RuntimeError("cannot emulate hosts here: no ip")
+
+    monkeypatch.setattr(emulation, "spawn", spawn)
+    assert main(["bench"]) == 1
+    assert capsys.readouterr().err == "commlib: cannot emulate hosts here: no ip\n"
+
+
+def test_bench_codecs_prints_a_table_and_writes_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "codecs.jsonl"
+    file.write_text("an older run\n")
+    words = ["bench", "codecs", "--codecs", "int8,sign", "--size", "16KiB", "--iters", "2"]
+    assert main([*words, "--no-peers", "--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "R-D gap" in out
+    assert "int8" in out
+    rows = rows_of(file)
+    assert {row["scheme"] for row in rows} == {"int8", "sign"}
+    assert all(row["size_bytes"] == 16384 for row in rows)
+
+
+def test_warmup_compiles_and_names_the_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["warmup", "--codecs", "int8"]) == 0
+    assert "the cache is" in capsys.readouterr().out
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("op", ["all_reduce", "reduce_scatter", "all_gather"])
+def test_two_real_ranks_make_rows(op: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    words = ["bench", op, "--schemes", "fp32,int8+ef", "--min", "8KiB", "--max", "32KiB"]
+    words += ["--ranks", "2", "--iters", "3", "--timeout", "60", "--json", str(file)]
+    assert main(words) == 0
+    rows = rows_of(file)
+    assert {row["scheme"] for row in rows} == GROUND | {"fp32", "int8+ef"}
+    assert [row["size_bytes"] for row in rows] == [8192] * 6 + [32768] * 6
+    by = {row["scheme"]: row for row in rows[6:]}
+    halves = 2 if op == "all_reduce" else 1
+    assert by["gloo fp32"]["wire_bytes"] == halves * 16384
+    assert by["fp32"]["wire_bytes"] == by["gloo fp32"]["wire_bytes"]
+    assert 3.5 < by["int8+ef"]["wire_ratio"] < 4.0  # type: ignore[operator]
+    errors = {name: by[name]["rel_err"] for name in ("gloo fp32", "gloo bf16", "fp32", "int8+ef")}
+    assert errors["gloo fp32"] < 1e-6  # type: ignore[operator]
+    assert errors["fp32"] == errors["gloo fp32"]  # bitwise the library's own
+    assert 1e-4 < errors["gloo bf16"] < 1e-2  # type: ignore[operator]
+    assert 1e-3 < errors["int8+ef"] < 3e-2  # type: ignore[operator]
+    assert by["noop"]["rel_err"] is None
+    assert by["gloo fp32"]["ratio"] is None
+    assert by["int8+ef"]["ratio_ci_low"] <= by["int8+ef"]["ratio_ci_high"]  # type: ignore[operator]
+    assert all(row["iters"] == 3 and row["ranks"] == 2 for row in rows)
+    assert all(row["link"] == "loopback" for row in rows)
+
+
+@pytest.mark.processes
+def test_a_rank_that_fails_fails_the_command(tmp_path: Path) -> None:
+    folder = tmp_path / "rows.jsonl"
+    folder.mkdir()  # rank 0 cannot write its rows there
+    words = ["bench", "--schemes", "fp32", "--min", "1KiB", "--max", "1KiB", "--ranks", "2"]
+    assert main([*words, "--iters", "1", "--json", str(folder)]) != 0

@@ -1,0 +1,72 @@
+"""Every backend writes the golden bytes; the golden files are not overwritten by accident."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from commlib.codecs import CODECS, codec
+from commlib_kernels import Layout, Tag, nbytes
+from commlib_kernels.layout import pieces
+from tests.contract import backends, require
+from tests.golden.make import GOLDEN, HERE, contents, path
+
+ROOT = HERE.parent.parent
+ROWS = [(method, text) for method, texts in GOLDEN.items() for text in texts]
+
+
+@pytest.mark.parametrize(("method", "text"), ROWS, ids=[text for _, text in ROWS])
+@pytest.mark.parametrize("name", backends())
+def test_bytes_are_the_golden_ones(name: str, method: str, text: str) -> None:
+    want, got = path(method, text).read_bytes(), contents(require(name), codec(text).format)
+    assert len(got) == len(want)
+    wrong = [i for i, (a, b) in enumerate(zip(got, want, strict=True)) if a != b]
+    assert not wrong, f"{len(wrong)} of {len(want)} bytes differ, first at {wrong[0]}"
+
+
+def test_every_codec_and_every_file_is_in_the_table() -> None:
+    assert {text.partition(":")[0] for _, text in ROWS} == set(CODECS)
+    assert set(HERE.rglob("*.bin")) == {path(method, text) for method, text in ROWS}
+    assert all(codec(text).__module__ == f"commlib.codecs.{method}" for method, text in ROWS)
+
+
+def test_golden_files_are_not_overwritten(tmp_path: Path) -> None:
+    program = "import sys; from pathlib import Path; import tests.golden.make as m; "
+    program += "m.HERE = Path(sys.argv.pop(1)); m.main()"
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", program, str(tmp_path), *options]
+        env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": ""}
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+    assert run().returncode == 0
+    file = tmp_path / "uniform" / "int4.bin"
+    assert file.read_bytes() == path("uniform", "int4").read_bytes()
+    file.write_bytes(b"other")
+    refused = run()
+    assert refused.returncode == 1
+    assert "a change of bytes is a new wire version" in refused.stderr
+    assert file.read_bytes() == b"other"
+    assert run("--force").returncode == 0
+    assert file.read_bytes() == path("uniform", "int4").read_bytes()
+
+
+def test_the_example_in_the_readme_is_true() -> None:
+    """int4:block=32 of twelve numbers and three exact ones: the hex in kernels/README.md."""
+    text = (ROOT / "kernels" / "README.md").read_text()
+    block = re.search(r"```hex\n(.*?)```", text, re.DOTALL)
+    assert block is not None
+    want = bytes.fromhex("".join(line.partition("|")[0] for line in block[1].splitlines()))
+    fmt = codec("int4:block=32").format
+    layout = Layout((12, 3), exact=(False, True))
+    x = torch.tensor([0.5, -1, 1.5, 2, -2.5, 3, -3.5, 0, 0.25, 0.75, -0.1, 7, 1, -2, 0.5])
+    for name in backends():
+        wire = torch.zeros(nbytes(layout, fmt), dtype=torch.uint8)
+        require(name).quantize(fmt, x, wire, layout, Tag(), None)
+        assert wire.numpy().tobytes() == want
+    assert [(p.code, p.scale) for p in pieces(layout, fmt)] == [(0, 16), (32, 18)]

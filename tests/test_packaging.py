@@ -1,0 +1,81 @@
+"""The wheel holds both packages and nothing else, and works beside PyPI's package `kernels`."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL_KERNELS = 'NAME = "the real one"\n'
+
+
+def python(*args: str, cwd: Path, path: Path) -> str:
+    """Run this interpreter without its environment's variables, only `path` in front."""
+    done = subprocess.run(
+        [sys.executable, *args],
+        cwd=cwd,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(cwd), "PYTHONPATH": str(path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy: setuptools leaves its build folder beside the sources."""
+    tmp = tmp_path_factory.mktemp("packaging")
+    source = tmp / "source"
+    litter = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("commlib", "kernels", "tests"):
+        shutil.copytree(ROOT / name, source / name, ignore=litter)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = ("-m", "pip", "--disable-pip-version-check", "wheel", "--quiet")
+    python(*pip, "--no-build-isolation", "--no-deps", "-w", str(tmp), ".", cwd=source, path=tmp)
+    (built,) = tmp.glob("*.whl")
+    return built
+
+
+def test_wheel_holds_both_packages_and_no_tests(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    expected = {
+        str(path.relative_to(base))
+        for base, package in ((ROOT, "commlib"), (ROOT / "kernels", "commlib_kernels"))
+        for path in (base / package).rglob("*")
+        if path.suffix in {".py", ".cu", ".cuh"} or path.name == "py.typed"
+    }
+    assert {"commlib/py.typed", "commlib_kernels/py.typed"} <= expected
+    assert {name for name in names if ".dist-info/" not in name} == expected
+    assert wheel.name.startswith("commlib_torch-")
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
+
+
+def test_installed_wheel_imports_beside_the_real_kernels_package(
+    wheel: Path, tmp_path: Path
+) -> None:
+    site = tmp_path / "site"
+    pip = ("-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps")
+    python(*pip, "--target", str(site), str(wheel), cwd=tmp_path, path=site)
+    (site / "kernels").mkdir()
+    (site / "kernels" / "__init__.py").write_text(REAL_KERNELS)
+    packages = ["commlib", "commlib_kernels", "kernels"]
+    program = "".join(f"import {name}; print({name}.__file__)\n" for name in packages)
+    files = python("-c", program, cwd=tmp_path, path=site).splitlines()
+    assert files == [str(site / name / "__init__.py") for name in packages]
+
+
+def test_real_kernels_package_wins_in_a_checkout(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text(REAL_KERNELS)
+    # -c puts the checkout, with its folder `kernels`, in front of everything else
+    assert python("-c", "import kernels; print(kernels.NAME)", cwd=ROOT, path=tmp_path) == (
+        "the real one\n"
+    )
