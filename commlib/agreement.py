@@ -42,7 +42,8 @@ class Agreement:
         self.transport = transport
         self.timeout = timeout
         self.agreed = 0
-        self._name = f"{transport.turn()}/"
+        self.number = transport.turn()  # of the communicator, the same on all ranks
+        self._name = f"{self.number}/"
         self._others = [r for r in range(transport.size) if r != transport.rank]
         self._introduced = False
 

@@ -23,11 +23,14 @@ from .agreement import Agreement, Disagreement, shorten
 from .checked import Checked
 from .collectives import Steps
 from .collectives.base import span
+from .lane import MIN_BYTES as LANE_MIN_BYTES
+from .lane import Lane
 from .plans import Message, Plan
 from .sampling import sample_errors
 from .telemetry import Meter
 from .traffic import Transport
-from .work import Task, Work, Worker, attend
+from .work import Work
+from .worker import Task, Worker, attend
 
 
 class Carrier:
@@ -84,18 +87,21 @@ class Carrier:
         self._worker.stop()
         self.aborted = self.aborted or RuntimeError("It is closed.")
 
-    def via(self, message: Message) -> Transport:
-        """The transport of a message about to start."""
-        if not self._checking:
-            return self.transport
-        return Checked(self.transport, message.name, self._number, self.timeout)
+    def _via(self, plan: Plan, message: Message) -> Transport:
+        """The transport of the message about to start; the same kind on all ranks."""
+        transport = self.transport
+        if self._checking:
+            return Checked(transport, message.name, self._number, self.timeout)
+        if transport.tagged and message.part_bytes(plan.op, transport.size) >= LANE_MIN_BYTES:
+            return Lane(transport, self._agreement.number, self._number)
+        return transport
 
     def start(
         self,
         plan: Plan,
         result: torch.Tensor,
         x: torch.Tensor,
-        steps: Callable[[Message], Steps],
+        steps: Callable[[Message, Transport], Steps],
         async_op: bool,
     ) -> Work:
         """Carry out `plan` on flat `x`; inline if nothing else is under way."""
@@ -111,8 +117,9 @@ class Carrier:
                 if sampled and not message.scheme.lossless:
                     sample_errors(self.meter, message, x, self._number)
                 what = f"{plan.op} of key {plan.label!r} (message {self._number})"
-                metered = self._metered(steps(message), plan, message)
-                task = Task(metered, work, what, message.names)
+                via = self._via(plan, message)
+                metered = self._metered(steps(message, via), plan, message)
+                task = Task(metered, work, what, message.names, isinstance(via, Lane))
                 (self._worker.run if inline else self._worker.submit)(task)
         if not async_op:
             work.wait()

@@ -15,23 +15,21 @@ from typing import Any
 
 import torch
 
-from .traffic import Pending, Transport
+from .traffic import Pending, Through, Transport
 
 WIRE_VERSION = 1
 STAMP = struct.Struct("<4I")
 FIELDS = ("wire version", "scheme digest", "message number")
 
 
-class Checked:
+class Checked(Through):
     """A transport that stamps what goes through it; made for one message."""
 
     def __init__(self, inner: Transport, scheme: str, number: int, timeout: float) -> None:
-        self._inner = inner
+        super().__init__(inner)
+        self.timeout = timeout
         self._head = (WIRE_VERSION, zlib.crc32(scheme.encode()), number & 0xFFFFFFFF)
         self._scheme = scheme
-        self.rank, self.size, self.ranks = inner.rank, inner.size, inner.ranks
-        self.timeout, self.device = timeout, inner.device
-        self.bytes_sent = 0  # counted by `inner`
 
     def all_to_all(
         self,
@@ -62,27 +60,6 @@ class Checked:
     def broadcast(self, x: torch.Tensor, src: int) -> Pending:
         got = self._stamps(self._stamp(x if self.rank == src else None) * self.size)
         return _Verified(self, self._inner.broadcast(x, src), [x], [got[src]])
-
-    def send(self, x: torch.Tensor, dst: int, tag: int = 0) -> Pending:
-        return self._inner.send(x, dst, tag)
-
-    def recv(self, x: torch.Tensor, src: int, tag: int = 0) -> Pending:
-        return self._inner.recv(x, src, tag)
-
-    def barrier(self) -> None:
-        self._inner.barrier()
-
-    def turn(self) -> int:
-        return self._inner.turn()
-
-    def post(self, key: str, value: str) -> None:
-        self._inner.post(key, value)
-
-    def read(self, key: str, timeout: float) -> str:
-        return self._inner.read(key, timeout)
-
-    def sub(self, ranks: Sequence[int]) -> Transport:
-        return self._inner.sub(ranks)
 
     def _stamp(self, payload: torch.Tensor | None) -> bytes:
         return STAMP.pack(*self._head, 0 if payload is None else _crc(payload))

@@ -22,7 +22,7 @@ from .feedback import Compressor
 from .plans import Message, exact, explicit, is_exact, segmented
 from .policy import TensorInfo, raw
 from .scheme import DTYPES, Role, Scheme
-from .traffic import check_all_to_all, check_rank, check_tensor
+from .traffic import Transport, check_all_to_all, check_rank, check_tensor
 from .work import Work
 
 __all__ = ["Communicator", "Work", "exact"]
@@ -59,7 +59,7 @@ class Communicator(Engine):
                 return done
         flat = x.detach().view(-1)
         return self._carrier.start(
-            plan, x, flat, lambda m: self._reducing(m, flat, times, ()), async_op
+            plan, x, flat, lambda m, t: self._reducing(m, t, flat, times), async_op
         )
 
     def all_reduce_segments(
@@ -106,7 +106,7 @@ class Communicator(Engine):
             self._adopt(id_, plan)
         flat, held = x.detach().view(-1), tuple(hold)
         return self._carrier.start(
-            plan, x, flat, lambda m: self._reducing(m, flat, times, held), async_op
+            plan, x, flat, lambda m, t: self._reducing(m, t, flat, times, held), async_op
         )
 
     def reduce_scatter(
@@ -131,8 +131,7 @@ class Communicator(Engine):
         plan = self._plan("reduce_scatter", x, key, role, scheme)
         flat, row = x.detach().view(-1), out.detach().view(-1)
 
-        def steps(m: Message) -> Steps:
-            t = self._carrier.via(m)
+        def steps(m: Message, t: Transport) -> Steps:
             if m.scheme.lossless and x.dtype not in DTYPES:
                 return collectives.raw_reduce_scatter(row, flat, t, times)
             layout = Layout((row.numel(),), x.dtype)
@@ -166,8 +165,7 @@ class Communicator(Engine):
         plan = self._plan("all_gather", x, key, role, scheme)
         flat, rows = x.detach().view(-1), out.detach().view(-1)
 
-        def steps(m: Message) -> Steps:
-            t = self._carrier.via(m)
+        def steps(m: Message, t: Transport) -> Steps:
             if m.scheme.lossless:
                 return collectives.raw(lambda: t.all_gather(rows, flat))
             compressor, layout = self._compressors.of(m.scheme), Layout((x.numel(),), x.dtype)
@@ -202,8 +200,7 @@ class Communicator(Engine):
             found = raw() if is_exact() else self._choose(TensorInfo(None, numel, x.dtype, role))
             return None if found.lossless else self._compressors.of(found)
 
-        def steps(m: Message) -> Steps:
-            t = self._carrier.via(m)
+        def steps(m: Message, t: Transport) -> Steps:
             if out_splits is not None and in_splits is not None:
                 return collectives.all_to_all_split(
                     into, flat, out_splits, in_splits, t, chosen, self._pool
@@ -230,8 +227,7 @@ class Communicator(Engine):
         plan = self._plan("broadcast", x, None, role, scheme, src)
         flat = x.detach().view(-1)
 
-        def steps(m: Message) -> Steps:
-            t = self._carrier.via(m)
+        def steps(m: Message, t: Transport) -> Steps:
             if m.scheme.lossless:
                 return collectives.raw(lambda: t.broadcast(flat, src))
             return collectives.broadcast(

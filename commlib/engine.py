@@ -205,13 +205,18 @@ class Engine:
         return float(factor)
 
     def _reducing(
-        self, message: Message, x: torch.Tensor, factor: float, hold: tuple[int, ...]
+        self,
+        message: Message,
+        transport: Transport,
+        x: torch.Tensor,
+        factor: float,
+        hold: tuple[int, ...] = (),
     ) -> Steps:
         config = message.scheme.algorithm
         assert config is not None
         return ALGORITHMS[config.id].run(
             x,
-            self._carrier.via(message),
+            transport,
             self._compressors.of(message.scheme),
             message.key,
             message.layout,
@@ -227,7 +232,7 @@ class Engine:
         if plan.lossless and self._carrier.native(plan, x, 1.0) is not None:
             return
         flat = x.view(-1)
-        self._carrier.start(plan, x, flat, lambda m: self._reducing(m, flat, 1.0, ()), False)
+        self._carrier.start(plan, x, flat, lambda m, t: self._reducing(m, t, flat, 1.0), False)
 
 
 def _transport(group: Any, timeout: float | None) -> Transport:

@@ -28,6 +28,9 @@ from .scheme import DTYPES, Native, Role, Scheme, TwoPhase, check_dtype
 # segments travel in a message of their own, with the same bits.
 RIDE_SHARE = 0.125
 
+# Collectives whose exchanges have equal parts; all_reduce only by two_phase.
+EVEN = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
+
 _exact_depth = 0
 _exact_lock = threading.Lock()
 
@@ -67,6 +70,16 @@ class Message:
     def __post_init__(self) -> None:
         self.names = _states(self.scheme, self.key)
         self.name = str(self.scheme)
+
+    def part_bytes(self, op: str, ranks: int) -> int:
+        """About what it has for each of `ranks`, where all get as much; else 0."""
+        if op not in EVEN or (
+            op == "all_reduce" and not isinstance(self.scheme.algorithm, TwoPhase)
+        ):
+            return 0
+        if self.scheme.lossless:
+            return self.layout.numel * self.layout.dtype.itemsize // ranks
+        return self.scheme.codec.nbytes(self.layout) // ranks
 
     def held(self, hold: Sequence[int]) -> tuple[int, ...]:
         """`hold` (segments of the call) as segments of this message."""

@@ -101,6 +101,7 @@ class ThreadTransport:
         self.timeout = timeout
         self.bytes_sent = 0
         self.device = torch.device("cpu")
+        self.tagged = True
         self._world = world
         self._name = name
         self._count: dict[object, int] = {}

@@ -18,11 +18,18 @@ from typing import Protocol
 import torch
 
 
+class Timeout(RuntimeError):
+    """An exchange took longer than it may."""
+
+    def __init__(self, seconds: float, detail: object = "") -> None:
+        super().__init__(f"timed out after {seconds:g} s" + (f": {detail}" if detail else ""))
+
+
 class Pending(Protocol):
     """An exchange under way. Its buffers may be touched again once `wait` has returned."""
 
     def wait(self, timeout: float | None = None) -> None:
-        """Block until done. RuntimeError after `timeout` seconds, or if the exchange failed."""
+        """Block until done. Timeout after `timeout` seconds, RuntimeError if it failed."""
 
     def done(self) -> bool:
         """Whether `wait` would return at once. May say False where the library cannot tell."""
@@ -48,6 +55,7 @@ class Transport(Protocol):
     timeout: float
     bytes_sent: int
     device: torch.device
+    tagged: bool  # whether sends and receives find each other by tag, not by order alone
 
     def all_to_all(
         self,
@@ -72,7 +80,7 @@ class Transport(Protocol):
         """Send `x` to rank `dst`, which receives with the same tag."""
 
     def recv(self, x: torch.Tensor, src: int, tag: int = 0) -> Pending:
-        """Receive into `x` from rank `src`."""
+        """Receive into `x` from rank `src`, which sends with the same tag."""
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -88,6 +96,56 @@ class Transport(Protocol):
 
     def sub(self, ranks: Sequence[int]) -> Transport:
         """The transport of some of these ranks, in their order here; called by exactly those."""
+
+
+class Through:
+    """A transport that hands everything on to another: the base of those that change something."""
+
+    def __init__(self, inner: Transport) -> None:
+        self._inner = inner
+        self.rank, self.size, self.ranks = inner.rank, inner.size, inner.ranks
+        self.timeout, self.device, self.tagged = inner.timeout, inner.device, inner.tagged
+        self.bytes_sent = 0  # counted by `inner`
+
+    def all_to_all(
+        self,
+        out: torch.Tensor,
+        inp: torch.Tensor,
+        *,
+        out_splits: Sequence[int] | None = None,
+        in_splits: Sequence[int] | None = None,
+    ) -> Pending:
+        return self._inner.all_to_all(out, inp, out_splits=out_splits, in_splits=in_splits)
+
+    def all_gather(self, out: torch.Tensor, inp: torch.Tensor) -> Pending:
+        return self._inner.all_gather(out, inp)
+
+    def all_reduce(self, x: torch.Tensor) -> Pending:
+        return self._inner.all_reduce(x)
+
+    def broadcast(self, x: torch.Tensor, src: int) -> Pending:
+        return self._inner.broadcast(x, src)
+
+    def send(self, x: torch.Tensor, dst: int, tag: int = 0) -> Pending:
+        return self._inner.send(x, dst, tag)
+
+    def recv(self, x: torch.Tensor, src: int, tag: int = 0) -> Pending:
+        return self._inner.recv(x, src, tag)
+
+    def barrier(self) -> None:
+        self._inner.barrier()
+
+    def turn(self) -> int:
+        return self._inner.turn()
+
+    def post(self, key: str, value: str) -> None:
+        self._inner.post(key, value)
+
+    def read(self, key: str, timeout: float) -> str:
+        return self._inner.read(key, timeout)
+
+    def sub(self, ranks: Sequence[int]) -> Transport:
+        return self._inner.sub(ranks)
 
 
 def all_reduce_bytes(nbytes: int, size: int) -> int:

@@ -3,14 +3,13 @@
 The only file below floor 5 that imports torch.distributed, so all traffic and all byte counts go
 through here. `ThreadTransport` and `run_ranks` (tests, documentation) are re-exported.
 
-On gloo, large all-to-alls and all-gathers go as sends and receives with every receive posted first:
-4 hosts at 1 Gbit/s moved 3 x 2 MiB per rank in 57 ms so, in 79 ms by gloo's all-to-all (each of its
-steps posts a receive and a send), and its all-gather takes three times as long at 4 KiB.
+On gloo an all-gather goes as an all-to-all: its own takes three times as long at 4 KiB.
 """
 
 from __future__ import annotations
 
 import datetime
+import re
 import threading
 import time
 import weakref
@@ -25,6 +24,7 @@ from torch.distributed import distributed_c10d
 from .threads import ThreadTransport, run_ranks
 from .traffic import (
     Pending,
+    Timeout,
     Transport,
     all_gather_bytes,
     all_reduce_bytes,
@@ -47,14 +47,12 @@ RENAMED = {
     True: ("all_to_all_single", "all_gather_single"),
 }
 
-# Bytes per peer from which sends and receives beat gloo's own collectives: at 64 KiB and 1 Gbit/s
-# both take 1.9 ms with 4 ranks, at 256 KiB 7.8 against 9.5.
-MESH_MIN_BYTES = 1 << 17
 # Gloo matches sends by tag and order alone; this keeps ours apart from the user's own.
-MESH_TAG = 0x636F6D
+FIRST_TAG = 0x636F6D
 c10d: Any = distributed_c10d  # its option classes are missing from the stubs
 # Store polls, seconds. A blocking wait would hold the store's lock against the other threads.
 POLL_FIRST, POLL_LAST = 2e-4, 2e-2
+TIMED_OUT = re.compile("timed? ?out", re.IGNORECASE)  # in what gloo says of a timeout
 
 
 # A gloo thread lets go of a tensor a moment after its exchange is done. If it is the last to hold
@@ -63,31 +61,34 @@ POLL_FIRST, POLL_LAST = 2e-4, 2e-2
 _recent: deque[object] = deque(maxlen=4)
 
 
-class _Works:
-    """c10d works that make up one exchange, and the tensors they use."""
+class _Exchange:
+    """A c10d work, and the tensors it uses."""
 
-    __slots__ = ("_tellable", "_tensors", "_works")
+    __slots__ = ("_tellable", "_tensors", "_work")
 
-    def __init__(self, works: list[Any], tensors: object, *, tellable: bool = True) -> None:
-        self._works = works
+    def __init__(self, work: Any, tensors: object, *, tellable: bool = True) -> None:
+        self._work = work
         self._tensors = tensors
         self._tellable = tellable  # gloo's sends and receives complete only in wait()
 
     def done(self) -> bool:
-        return not self._works or (self._tellable and all(w.is_completed() for w in self._works))
+        return self._work is None or (self._tellable and self._work.is_completed())
 
     def wait(self, timeout: float | None = None) -> None:
-        if timeout is None:
-            for work in self._works:
-                work.wait()
-        else:
-            end = time.monotonic() + timeout
-            for work in self._works:
-                left = max(1e-3, end - time.monotonic())
-                work.wait(datetime.timedelta(seconds=left))
-        if self._tellable and self._tensors is not None:
+        if self._work is None:
+            return
+        try:
+            if timeout is None:
+                self._work.wait()
+            else:
+                self._work.wait(datetime.timedelta(seconds=timeout))
+        except RuntimeError as error:
+            if timeout is not None and TIMED_OUT.search(str(error)):
+                raise Timeout(timeout, error) from error
+            raise
+        if self._tellable:
             _recent.append(self._tensors)
-        self._works, self._tensors = [], None
+        self._work = self._tensors = None
 
     def poll(self, seconds: float, timeout: float) -> bool:
         if not self._tellable:
@@ -134,7 +135,7 @@ class TorchTransport:
         self.device = torch.device("cpu" if on_cpu else "cuda")
         self.timeout = _group_timeout(group, self.device) if timeout is None else timeout
         self.bytes_sent = 0
-        self._gloo = on_cpu and "gloo" in str(backend)
+        self.tagged = self._gloo = on_cpu and "gloo" in str(backend)
         self._chain = not self._gloo
         self._store = c10d._get_process_group_store(group)
         self._unanswered: threading.Thread | None = None
@@ -165,31 +166,27 @@ class TorchTransport:
         self._check("all_to_all", out, inp)
         check_all_to_all(out, inp, out_splits, in_splits, self.size)
         self.bytes_sent += all_to_all_bytes(inp, in_splits, self.rank, self.size)
-        if in_splits is None and self._meshed(inp.nbytes // self.size):
-            return self._mesh(out, list(inp.view(-1).view(torch.uint8).chunk(self.size)))
         options = self._options(c10d.AllToAllOptions())
         call = getattr(self.group, self._all_to_all)
         work = call(out, inp, list(out_splits or ()), list(in_splits or ()), options)
-        return _Works([work], (out, inp))
+        return _Exchange(work, (out, inp))
 
     def all_gather(self, out: torch.Tensor, inp: torch.Tensor) -> Pending:
         self._check("all_gather", out, inp)
         check_all_gather(out, inp, self.size)
         self.bytes_sent += all_gather_bytes(inp.nbytes, self.size)
-        if self._meshed(inp.nbytes):
-            return self._mesh(out, [inp.view(-1).view(torch.uint8)] * self.size)
         if self._gloo:
             copies = inp.view(1, -1).expand(self.size, -1).contiguous().view(-1)
             options = self._options(c10d.AllToAllOptions())
             work = getattr(self.group, self._all_to_all)(out, copies, [], [], options)
-            return _Works([work], (out, copies))
+            return _Exchange(work, (out, copies))
         options = self._options(c10d.AllgatherOptions())
-        return _Works([getattr(self.group, self._all_gather)(out, inp, options)], (out, inp))
+        return _Exchange(getattr(self.group, self._all_gather)(out, inp, options), (out, inp))
 
     def all_reduce(self, x: torch.Tensor) -> Pending:
         self._check("all_reduce", x)
         self.bytes_sent += all_reduce_bytes(x.nbytes, self.size)
-        return _Works([self.group.allreduce([x], self._sum)], x)
+        return _Exchange(self.group.allreduce([x], self._sum), x)
 
     def broadcast(self, x: torch.Tensor, src: int) -> Pending:
         self._check("broadcast", x)
@@ -198,18 +195,18 @@ class TorchTransport:
         options = self._options(c10d.BroadcastOptions())
         options.rootRank = src
         options.rootTensor = 0
-        return _Works([self.group.broadcast([x], options)], x)
+        return _Exchange(self.group.broadcast([x], options), x)
 
     def send(self, x: torch.Tensor, dst: int, tag: int = 0) -> Pending:
         self._check("send", x)
         check_rank("send", dst, self.size)
         self.bytes_sent += x.nbytes
-        return _Works([self.group.send([x], dst, MESH_TAG + 1 + tag)], x, tellable=not self._gloo)
+        return _Exchange(self.group.send([x], dst, FIRST_TAG + tag), x, tellable=not self._gloo)
 
     def recv(self, x: torch.Tensor, src: int, tag: int = 0) -> Pending:
         self._check("recv", x)
         check_rank("recv", src, self.size)
-        return _Works([self.group.recv([x], src, MESH_TAG + 1 + tag)], x, tellable=not self._gloo)
+        return _Exchange(self.group.recv([x], src, FIRST_TAG + tag), x, tellable=not self._gloo)
 
     def barrier(self) -> None:
         options = self._options(c10d.BarrierOptions())
@@ -289,19 +286,6 @@ class TorchTransport:
         if self._gloo:
             options.timeout = datetime.timedelta(seconds=self.timeout)
         return options
-
-    def _meshed(self, payload: int) -> bool:
-        return self._gloo and self.size > 1 and payload >= MESH_MIN_BYTES
-
-    def _mesh(self, out: torch.Tensor, parts: list[torch.Tensor]) -> Pending:
-        """Part r to rank r, every receive posted before the first send."""
-        into = out.view(-1).view(torch.uint8).chunk(self.size)
-        others = [(self.rank + step) % self.size for step in range(1, self.size)]
-        works = [self.group.recv([into[r]], r, MESH_TAG) for r in sorted(others)]
-        works += [self.group.send([parts[r]], r, MESH_TAG) for r in others]
-        if into[self.rank].data_ptr() != parts[self.rank].data_ptr():
-            into[self.rank].copy_(parts[self.rank])
-        return _Works(works, (out, parts), tellable=False)
 
 
 def _group_timeout(group: dist.ProcessGroup, device: torch.device) -> float:

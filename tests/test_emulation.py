@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import subprocess
@@ -149,6 +150,22 @@ def test_small_messages_do_not_travel_free(tmp_path: Path) -> None:
     burst = emulation.burst_bytes(10**7)
     # Both directions of htb hold one burst; one TSO packet of up to 64 KiB may borrow ahead.
     assert float(seconds) >= (int(total) - 2 * burst - 2**16) * 8 / 10e6
+
+
+@pytest.mark.usefixtures("hosts")
+def test_hosts_share_the_cores_evenly(tmp_path: Path) -> None:
+    mine = sorted(os.sched_getaffinity(0))
+    code = python(
+        f"""
+        import os, pathlib
+        cores = sorted(os.sched_getaffinity(0))
+        pathlib.Path({str(tmp_path)!r}, os.environ["RANK"]).write_text(repr(cores))
+        """
+    )
+    assert emulation.spawn(code, 3, rate="100mbit", timeout=30) == 0
+    found = [ast.literal_eval((tmp_path / str(rank)).read_text()) for rank in range(3)]
+    assert found == [mine[rank::3] or [mine[rank % len(mine)]] for rank in range(3)]
+    assert sorted(os.sched_getaffinity(0)) == mine
 
 
 @pytest.mark.usefixtures("hosts")

@@ -188,7 +188,7 @@ def _device() -> str:
                 break
     except OSError:  # not Linux, or a sandbox without /proc: the machine's own word will do
         pass
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def _versions() -> dict[str, str]:

@@ -1,6 +1,6 @@
 """What all collectives share: how they take turns, cut themselves into slices and name their costs.
 
-A collective is a generator, so that the next message can be coded while this one is on the wire. It
+A collective is a generator, so that other messages can be coded while this one is on the wire. It
 yields, in this order,
 
     READY      "my local work so far is done, I want to issue": answered True (it has the turn) or
@@ -8,8 +8,9 @@ yields, in this order,
     a Pending  "I need this exchange done before I go on"; any number
     ISSUED     "I shall issue nothing more": the next message may have the turn
 
-Exchanges are issued only by the message that has the turn, and turns follow the order of the calls:
-so all ranks issue the same exchanges in the same order, whatever their timing.
+Exchanges of a library are matched by order. They are issued only by the message that has the turn,
+and turns follow the order of the calls: so all ranks issue the same exchanges in the same order,
+whatever their timing. A message with a lane of its own (lane.py) always has the turn.
 """
 
 from __future__ import annotations

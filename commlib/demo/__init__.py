@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     add("--ranks", type=_positive, default=4, metavar="N", help="ranks to start (4)")
     add("--rounds", type=_positive, default=6, metavar="N", help="turns of each method (6)")
     add("--round", type=_positive, default=5, metavar="N", help="steps in a turn (5)")
-    add("--bucket-mb", type=float, default=4.0, metavar="MB", help="bucket_cap_mb of every DDP (4)")
+    add("--bucket-mb", type=float, default=3.0, metavar="MB", help="bucket_cap_mb of every DDP (3)")
     add("--target", type=float, metavar="LOSS", help="time to this held-out loss (default: the "
         "highest final loss of all methods)")  # fmt: skip
     add("--link", help=argparse.SUPPRESS)

@@ -38,7 +38,7 @@ class Config:
     model: str = "10M"
     batch: int = 2
     context: int = 128
-    bucket_mb: float = 4.0
+    bucket_mb: float = 3.0
     evaluate: int = 4  # held-out windows per rank
     seed: int = 0
     link: str = "the network it was started on"

@@ -1,0 +1,238 @@
+"""Worker: the thread that carries collectives out, several at a time.
+
+Whatever may move, moves, the oldest first: codes a message, sums what has arrived, issues. Where
+nothing moves by itself the thread sleeps until an exchange is done or another message is queued;
+`Waiters` do the waiting, as gloo tells of no end of a receive to whoever does not wait for it.
+
+Messages in a lane of their own (see lane.py) issue at any time. The others are matched by order
+alone: of these only the oldest that has not issued everything may issue.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+
+from .collectives.base import Step, Steps, drive, span
+from .traffic import Pending, Timeout
+from .waiters import PATIENCE, Waiters
+from .work import Work
+
+# Messages that may be started at a time. Each holds the buffers of its wire.
+DEPTH = 8
+# Seconds between looks at what other ranks have to say, in an exchange that takes long.
+LOOK = 1.0
+
+
+@dataclass
+class Task:
+    """A message to carry out.
+
+    names: states that it reads and writes; a message that shares one must wait for its end.
+    lane: whether its exchanges may overtake those of others.
+    """
+
+    steps: Steps
+    work: Work
+    what: str
+    names: frozenset[str] = frozenset()
+    lane: bool = False
+    step: Step | Pending | None = None  # what it asked for last
+    issued: bool = False
+    waiting: Future[None] | None = None  # for what it asked for, once watched
+
+    def advance(self, answer: bool | None) -> bool:
+        """Run to the next request; False at the end."""
+        try:
+            self.step = self.steps.send(answer)  # type: ignore[arg-type]  # None starts it
+        except StopIteration:
+            return False
+        return True
+
+
+Look = Callable[[], None]
+Fail = Callable[[BaseException, list[Task]], BaseException]
+
+
+class Worker:
+    """One thread that runs tasks in the order they came.
+
+    fail(error, tasks): called once, with the tasks in flight, the one that failed first; returns
+    the error that they and all later ones get. look(): called now and then while an exchange takes
+    long; may raise.
+    """
+
+    def __init__(self, timeout: float, fail: Fail, look: Look) -> None:
+        self._timeout, self._fail, self._look = timeout, fail, look
+        self._queue: deque[Task] = deque()
+        self._active: list[Task] = []
+        self._changed = threading.Condition()
+        self._news = False  # a task was queued or an exchange is done since the thread last looked
+        self._waiters = Waiters(DEPTH, self._wake)
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._broken: BaseException | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is queued or in flight."""
+        with self._changed:  # a task on its way from one to the other is in neither
+            return not self._queue and not self._active
+
+    def submit(self, task: Task) -> None:
+        """Queue a task; its Work completes, well or not."""
+        with self._changed:
+            if self._broken is not None:
+                task.work._finish(self._broken)
+                return
+            self._queue.append(task)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name="commlib", daemon=True)
+                self._thread.start()
+            self._wake()
+
+    def run(self, task: Task) -> None:
+        """Carry a task out on the calling thread; only while idle."""
+        task.step = Step.READY  # it has started
+        try:
+            drive(task.steps, lambda pending: attend(pending, self._timeout, self._look))
+        except BaseException as error:
+            self._broken = self._fail(error, [task])
+            task.work._finish(self._broken)
+            if not isinstance(error, Exception):  # Ctrl-C stays what it is
+                raise
+            raise self._broken from error
+        task.work._finish()
+
+    def tasks(self) -> list[Task]:
+        """What is in flight or queued."""
+        with self._changed:
+            return [*self._active, *self._queue]
+
+    def flush(self) -> None:
+        """Wait until idle."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.idle)
+
+    def stop(self) -> None:
+        """End the thread once the queue is empty.
+
+        A thread left running into the interpreter's end aborts the process there.
+        """
+        with self._changed:
+            self._stopping = True
+            self._wake()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        self._waiters.stop(None if self._broken is None else PATIENCE)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._news = True
+            self._changed.notify_all()
+
+    def _loop(self) -> None:
+        with torch.no_grad():
+            while True:
+                # An idle thread must not hold on to its last task: that keeps the group alive.
+                task: Task | None = None
+                with self._changed:
+                    self._changed.wait_for(lambda: self._stopping or not self.idle)
+                    if self.idle:
+                        return
+                    self._news = False
+                try:
+                    for task in self._tasks():
+                        if self._move(task):
+                            break
+                    else:
+                        with span("wait"), self._changed:
+                            task = self._active[0]
+                            if not self._changed.wait_for(lambda: self._news, LOOK):
+                                self._look()
+                except BaseException as error:
+                    self._break(error, task)
+                    return
+
+    def _tasks(self) -> list[Task]:
+        """The tasks in flight, and the next one if it may start."""
+        with self._changed:
+            if self._queue and len(self._active) < DEPTH:
+                busy = frozenset().union(*(task.names for task in self._active))
+                if not busy & self._queue[0].names:
+                    self._active.append(self._queue.popleft())
+            return list(self._active)
+
+    def _move(self, task: Task) -> bool:
+        """Run `task` to its next request, if that request is granted."""
+        step, answer = task.step, True
+        if step is Step.READY or step is Step.PARKED:
+            answer = task.lane or self._has_turn(task)
+            if step is Step.PARKED and not answer:
+                return False
+        elif step is Step.ISSUED:
+            task.issued = True
+        elif step is not None and not self._arrived(task, step):
+            return False
+        if task.advance(None if step is None else answer):
+            return True
+        with self._changed:
+            self._active.remove(task)
+            self._changed.notify_all()
+        task.work._finish()
+        return True
+
+    def _has_turn(self, task: Task) -> bool:
+        """Whether all earlier messages that are matched by order have issued everything."""
+        before = self._active[: self._active.index(task)]
+        return all(other.issued or other.lane for other in before)
+
+    def _arrived(self, task: Task, pending: Pending) -> bool:
+        """Whether what `task` waits for is done; raises what went wrong."""
+        if task.waiting is None:
+            if not pending.done():
+                task.waiting = self._waiters.watch(pending, self._timeout)
+                return False
+            pending.wait(self._timeout)
+        elif task.waiting.done():
+            task.waiting.result()
+            task.waiting = None
+        else:
+            return False
+        return True
+
+    def _break(self, error: BaseException, task: Task | None) -> None:
+        with self._changed:
+            tasks = [*self._active, *self._queue]
+        if task in tasks:  # first the one that failed
+            tasks.remove(task)
+            tasks.insert(0, task)
+        broken = self._fail(error, tasks)
+        with self._changed:
+            self._broken = broken
+            tasks += [other for other in self._queue if other not in tasks]
+            self._active.clear()
+            self._queue.clear()
+            self._changed.notify_all()
+        for other in tasks:
+            other.work._finish(broken)
+
+
+def attend(pending: Pending, timeout: float, look: Look) -> None:
+    """Wait for an exchange, looking up every second."""
+    if pending.done():
+        pending.wait(timeout)
+        return
+    end = time.monotonic() + timeout
+    with span("wait"):
+        while not pending.poll(min(LOOK, max(0.0, end - time.monotonic())), timeout):
+            if time.monotonic() >= end:
+                raise Timeout(timeout)
+            look()

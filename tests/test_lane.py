@@ -1,0 +1,282 @@
+"""Lanes: the same bytes as the library's collectives, and messages that overtake one another."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from commlib import Communicator
+from commlib.lane import MIN_BYTES, Lane, Together
+from commlib.traffic import Timeout
+from commlib.transport import ThreadTransport, TorchTransport, Transport, run_ranks
+from commlib.waiters import Waiters
+
+from .communicators import data, on_ranks, only
+from .processes import Pool
+
+SIZES = (1, 2, 3, 4, 7)
+# At four ranks int8 messages of this size have a lane, of a tenth of it none.
+LANED = 5 * MIN_BYTES
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("count", [0, 1, 5, 1000])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.int64])
+def test_a_lane_moves_what_the_transport_moves(size: int, count: int, dtype: torch.dtype) -> None:
+    def rank(t: Transport) -> None:
+        lane = Lane(t, 0, 1)
+        x = (torch.arange(count * size) % 97 + t.rank).to(dtype)
+        ours, plain = torch.zeros_like(x), torch.zeros_like(x)
+        before = t.bytes_sent
+        lane.all_to_all(ours, x).wait()
+        sent = t.bytes_sent - before
+        t.all_to_all(plain, x).wait()
+        assert torch.equal(ours, plain)
+        assert sent == t.bytes_sent - before - sent
+        mine = ours[:count]
+        mine.copy_(x[:count])
+        lane.all_gather(ours, mine).wait()  # the input lies inside the output
+        t.all_gather(plain, x[:count].clone()).wait()
+        assert torch.equal(ours, plain)
+
+    run_ranks(size, rank)
+
+
+def test_unequal_parts() -> None:
+    def rank(t: Transport) -> list[float]:
+        splits = [t.rank + s for s in range(3)]
+        x, out = torch.full((sum(splits),), float(t.rank)), torch.empty(sum(splits))
+        Lane(t, 0, 0).all_to_all(out, x, out_splits=splits, in_splits=splits).wait()
+        return out.tolist()
+
+    for r, got in enumerate(run_ranks(3, rank)):
+        assert got == [float(s) for s in range(3) for _ in range(r + s)]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda t: t.all_to_all(torch.zeros(5), torch.zeros(5)), "5 elements, not a multiple of 2"),
+        (lambda t: t.all_gather(torch.zeros(5), torch.zeros(3)), "out must hold 2 x inp"),
+    ],
+)
+def test_wrong_calls_are_refused_before_anything_moves(call: Any, message: str) -> None:
+    t = ThreadTransport.world(2)[0]
+    with pytest.raises(ValueError, match=message):
+        call(Lane(t, 0, 0))
+    assert t.bytes_sent == 0
+
+
+def overtake(t: Transport) -> list[float]:
+    """Odd ranks issue in the opposite order, and wait in it."""
+    found = [0.0, 0.0, 0.0]
+    order = [0, 1, 2] if t.rank % 2 == 0 else [2, 0, 1]
+    pending = []
+    for number in order:
+        x = torch.full((t.size * 50_000,), 10.0 * number + t.rank)
+        out = torch.empty_like(x)
+        pending.append((number, out, Lane(t, 0, number).all_to_all(out, x)))
+    for number, out, exchange in pending:
+        exchange.wait(20.0)
+        found[number] = out.view(t.size, -1).mean(1).sum().item()
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_messages_overtake_one_another(size: int) -> None:
+    expected = [sum(10.0 * number + r for r in range(size)) for number in range(3)]
+    assert run_ranks(size, overtake) == [expected] * size
+
+
+def gloo_overtake() -> list[float]:
+    return overtake(TorchTransport())
+
+
+def test_messages_overtake_one_another_on_gloo(pool: Pool) -> None:
+    expected = [sum(10.0 * number + r for r in range(3)) for number in range(3)]
+    assert pool.run(gloo_overtake, ranks=3) == [expected] * 3
+
+
+def test_a_slow_sum_does_not_keep_the_next_message_off_the_wire(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first message's sum waits until all ranks have issued the second: by turns it would
+    wait for ever.
+    """
+    issued = threading.Semaphore(0)
+    all_to_all = Lane.all_to_all
+
+    def counted(self: Lane, *args: Any, **kwargs: Any) -> Any:
+        exchange = all_to_all(self, *args, **kwargs)
+        issued.release()
+        return exchange
+
+    monkeypatch.setattr(Lane, "all_to_all", counted)
+
+    def body(c: Communicator) -> list[torch.Tensor]:
+        first, second = data(c.rank, LANED, 1), data(c.rank, LANED, 2)
+        reduce = c._compressors.of(parsed).reduce
+
+        def slow(*args: Any, **kwargs: Any) -> None:
+            for _ in range(2 * c.size):
+                assert issued.acquire(timeout=20.0)
+            issued.release(2 * c.size)
+            reduce(*args, **kwargs)
+
+        monkeypatch.setattr(c._compressors.of(parsed), "reduce", slow)
+        works = [c.all_reduce(x, k, async_op=True) for x, k in ((first, "a"), (second, "b"))]
+        for work in works:
+            work.wait(30.0)
+        return [first, second]
+
+    policy = only("int8+ef")
+    parsed = policy.rules[0].scheme
+    results = on_ranks(2, policy, body)
+    for place in range(2):
+        assert torch.equal(results[0][place], results[1][place])
+
+
+def test_laned_and_ordered_messages_mix() -> None:
+    """Large ones overtake, small ones keep their order; ranks are delayed at random."""
+
+    def body(c: Communicator) -> list[torch.Tensor]:
+        delays = torch.rand(24, generator=torch.Generator().manual_seed(c.rank)).tolist()
+        outs, works = [], []
+        for i, delay in enumerate(delays):
+            x = data(c.rank, LANED if i % 3 else 1000, i)
+            outs.append(x)
+            works.append(c.all_reduce(x, f"k{i % 9}", factor="avg", async_op=i % 5 != 0))
+            time.sleep(0.004 * delay)
+        for work in works:
+            work.wait(30.0)
+        return outs
+
+    results = on_ranks(4, {"rules": [{"scheme": "int8+ef"}]}, body)
+    for i, outs in enumerate(zip(*results, strict=True)):
+        assert all(torch.equal(out, outs[0]) for out in outs)
+        mean = torch.stack([data(r, outs[0].numel(), i) for r in range(4)]).mean(0)
+        assert (outs[0] - mean).norm() < 0.05 * mean.norm()
+
+
+def test_small_messages_and_rings_have_no_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    init = Lane.__init__
+
+    def counted(self: Lane, *args: Any) -> None:
+        made.append(args[-1])
+        init(self, *args)
+
+    monkeypatch.setattr(Lane, "__init__", counted)
+
+    def body(c: Communicator) -> None:
+        c.all_reduce(data(c.rank, LANED // 10), "small")
+        c.all_reduce(data(c.rank, LANED), scheme="int8@ring")
+        c.all_reduce(data(c.rank, LANED), scheme="fp32")
+        c.broadcast(data(c.rank, LANED), 0, scheme="int8")
+
+    on_ranks(4, only("int8+ef"), body)
+    assert made == []
+    on_ranks(4, only("int8+ef"), lambda c: c.all_reduce(data(c.rank, LANED), "large"))
+    assert len(made) == 4
+
+
+def test_tags_are_numbers_that_gloo_takes() -> None:
+    class Recorder:
+        rank, size, ranks, timeout = 0, 2, (0, 1), 1.0
+        device, tagged, bytes_sent = torch.device("cpu"), True, 0
+
+        def __init__(self) -> None:
+            self.tags: list[int] = []
+
+        def send(self, x: torch.Tensor, dst: int, tag: int = 0) -> Any:
+            self.tags.append(tag)
+
+        def recv(self, x: torch.Tensor, src: int, tag: int = 0) -> Any:
+            assert src == 1
+
+    recorder: Any = Recorder()
+    x = torch.zeros(2)
+    for communicator in (0, 31):
+        for message in (0, 1, 1023):
+            lane = Lane(recorder, communicator, message)
+            for _ in range(2):
+                lane.all_to_all(torch.zeros(2), x)
+    tags = recorder.tags
+    assert len(set(tags)) == len(tags)
+    assert min(tags) > 1 << 28  # apart from the small numbers of plain sends
+    assert max(tags) < 2**31 - (1 << 24)
+
+
+class Slow:
+    """An exchange that is done when told."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.event, self.error = threading.Event(), error
+
+    def done(self) -> bool:
+        return False
+
+    def wait(self, timeout: float | None = None) -> None:
+        if not self.event.wait(timeout):
+            raise Timeout(timeout or 0.0, "gone")
+        if self.error is not None:
+            raise self.error
+
+    def poll(self, seconds: float, timeout: float) -> bool:
+        self.wait(timeout)
+        return True
+
+
+def test_a_timeout_names_the_whole_time() -> None:
+    first, second = Slow(), Slow()
+    threading.Timer(0.05, first.event.set).start()
+    with pytest.raises(Timeout, match=r"timed out after 0\.2 s"):
+        Together([first, second]).wait(0.2)
+
+
+def test_waiters_wait_beside_one_another_and_pass_errors_on() -> None:
+    woken = threading.Semaphore(0)
+    waiters = Waiters(3, woken.release)
+    exchanges = [Slow(), Slow(RuntimeError("lost")), Slow()]
+    found = [waiters.watch(exchange, 20.0) for exchange in exchanges]
+    exchanges[2].event.set()
+    assert woken.acquire(timeout=10.0)
+    assert [future.done() for future in found] == [False, False, True]
+    exchanges[1].event.set()
+    assert woken.acquire(timeout=10.0)
+    with pytest.raises(RuntimeError, match="lost"):
+        found[1].result(0)
+    exchanges[0].event.set()
+    assert found[0].result(10.0) is None
+    waiters.stop()
+    assert not any(thread.is_alive() for thread in waiters._threads)
+
+
+def test_a_stop_leaves_what_waits_for_the_lost() -> None:
+    waiters, lost = Waiters(1, lambda: None), Slow()
+    waiters.watch(lost, 20.0)
+    start = time.monotonic()
+    waiters.stop(0.05)
+    assert time.monotonic() - start < 5.0
+    lost.event.set()
+
+
+def gloo_timeout() -> str:
+    t = TorchTransport(timeout=20.0)
+    if t.rank == 0:
+        x = torch.zeros(2 * MIN_BYTES)
+        with pytest.raises(Timeout) as caught:
+            Lane(t, 0, 0).all_to_all(torch.zeros_like(x), x).wait(0.5)
+        t.post("given up", "")
+        return str(caught.value)
+    t.read("given up", 20.0)
+    return ""
+
+
+def test_gloo_says_timeouts_in_one_way(pool: Pool) -> None:
+    text = pool.run(gloo_timeout, ranks=2)[0]
+    assert text.startswith("timed out after 0.5 s: ")
