@@ -10,8 +10,9 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeVar
+
+from .benchmark.units import parse_output
 
 T = TypeVar("T")
 
@@ -156,7 +157,7 @@ def _collective_options(sub: argparse.ArgumentParser) -> None:
     add("--budget", float, 20.0, "SECONDS", "for the rounds of a size")
     add("--timeout", float, 300.0, "SECONDS", "of one collective")
     add("--seed", int, 0, "N", "of the data and of random rounding")
-    add("--json", Path, None, "FILE", "one JSON row per line, replaces FILE", shown="none")
+    add("--json", parse_output, None, "FILE", "one JSON row per line, replaces FILE", shown="none")
     add("--link", str, None, "TEXT", "name of the link in the rows", shown="what was started")
 
 
@@ -168,7 +169,7 @@ def _codec_options(sub: argparse.ArgumentParser) -> None:
     add("--iters", _positive, None, "N", "rounds per codec", shown="what --budget fits")
     add("--budget", float, 5.0, "SECONDS", "for the rounds of a codec")
     add("--seed", int, 0, "N", "of the data")
-    add("--json", Path, None, "FILE", "one JSON row per line, replaces FILE", shown="none")
+    add("--json", parse_output, None, "FILE", "one JSON row per line, replaces FILE", shown="none")
     sub.add_argument("--no-peers", action="store_true", help="without FBGEMM, torch, bitsandbytes")
 
 

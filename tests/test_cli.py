@@ -190,8 +190,17 @@ def test_two_real_ranks_make_rows(op: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
-def test_a_rank_that_fails_fails_the_command(tmp_path: Path) -> None:
-    folder = tmp_path / "rows.jsonl"
-    folder.mkdir()  # rank 0 cannot write its rows there
+def test_a_rank_that_fails_fails_the_command() -> None:
     words = ["bench", "--schemes", "fp32", "--min", "1KiB", "--max", "1KiB", "--ranks", "2"]
-    assert main([*words, "--iters", "1", "--json", str(folder)]) != 0
+    assert main([*words, "--iters", "1", "--timeout", "1e-9"]) != 0
+
+
+@pytest.mark.parametrize("words", [["bench"], ["bench", "codecs"], ["demo"], ["demo", "--loss"]])
+@pytest.mark.parametrize("where", [".", "missing/rows.jsonl"])
+def test_results_that_could_not_be_written_are_refused_before_the_run(
+    words: list[str], where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*words, "--json", str(tmp_path / where)])
+    assert caught.value.code == 2
+    assert "cannot be written: name a file in a folder that exists" in capsys.readouterr().err

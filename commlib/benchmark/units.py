@@ -1,11 +1,15 @@
-"""Sizes as people write them, `64KiB` or `1.5MB`, and numbers of bytes and bits as they read them.
+"""Sizes as people write them, `64KiB` or `1.5MB`, numbers of bytes and bits as they read them, and
+files for results, refused before the run where they could not be written after it.
 
 KiB, MiB, GiB are powers of 1024; KB, MB, GB and all units of rates are powers of 1000.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import re
+from pathlib import Path
 
 _SIZE = {
     "": 1, "b": 1,
@@ -40,3 +44,14 @@ def format_rate(bits_per_second: float) -> str:
         if bits_per_second >= scale:
             return f"{bits_per_second / scale:.4g} {unit}"
     return f"{bits_per_second:.4g} bit/s"
+
+
+def parse_output(text: str) -> Path:
+    """A file to write, for argparse: ArgumentTypeError where it cannot be written."""
+    path = Path(text)
+    place = path if path.exists() else path.absolute().parent
+    if path.is_dir() or not os.access(place, os.W_OK):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} cannot be written: name a file in a folder that exists and is yours"
+        )
+    return path

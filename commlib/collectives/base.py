@@ -33,11 +33,11 @@ from ..topology import Topology
 from ..traffic import Pending, Transport
 from .pool import Pool
 
-# Bytes of wire (all payloads) per slice. At 1 Gbit/s and 4 ranks two to six slices were best from
-# 2 MiB of wire on (64 MiB as int4: 1 slice 167 ms, 2 140, 4 136, 6 130); every further exchange
-# costs 1 to 4 ms on busy cores, so smaller ones lose.
+# Bytes of wire (all payloads) per slice. 64 MiB as int4 on 4 hosts that share 2 cores: at 1 Gbit/s
+# 1 slice took 167 ms, 2 140, 3 to 12 all 126 to 142; at 10 Gbit/s, where the cores are what limits,
+# 1 slice took 72 ms, 2 and 3 83, 6 91: every further exchange costs 1 to 4 ms on busy cores.
 SLICE_BYTES = 1 << 20
-MAX_SLICES = 6
+MAX_SLICES = 4
 
 
 class Step(Enum):

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..benchmark.units import parse_output
+
 if TYPE_CHECKING:
     from .train import Config, Run
 
@@ -49,8 +51,9 @@ def parser() -> argparse.ArgumentParser:
     add("--schemes", type=_words, metavar="LIST", help="comma-separated "
         "(int8+ef,int4+ef); with --loss also core or all")  # fmt: skip
     add("--model", choices=("10M", "small"), help="10.9M or 0.9M parameters (10M)")
-    add("--json", type=Path, metavar="FILE", help="write one JSON row per line")
-    add("--plot", metavar="FILE", default="commlib-demo.png", help="the image, or none")
+    add("--json", type=parse_output, metavar="FILE", help="write one JSON row per line")
+    add("--plot", type=_image, metavar="FILE", default="commlib-demo.png",
+        help="the image, or none")  # fmt: skip
     network = top.add_argument_group("training over a slow network")
     add = network.add_argument
     add("--rate", type=_rate, default="200mbit", metavar="RATE",
@@ -191,6 +194,10 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _image(text: str) -> str:
+    return text if text == "none" else str(parse_output(text))
 
 
 def _rate(text: str) -> str | None:
