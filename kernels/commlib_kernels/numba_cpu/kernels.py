@@ -34,6 +34,7 @@ from commlib_kernels.numba_cpu.strips import (
     NONE,
     RUN,
     STRIP,
+    STRIP_KEEPING,
     UNSCALED,
     U,
     absmax,
@@ -243,7 +244,7 @@ def collect(a, address, base, piece, start, nb, width, q, s):
 
 
 @loop
-def strip(numel, start, block):
+def strip(numel, start, block, keeping):
     """(blocks, their width, elements) of the strip at `start`; the short last block stands alone.
 
     Full blocks go together, as many as a strip holds. Widths are multiples of 8.
@@ -251,7 +252,7 @@ def strip(numel, start, block):
     left = numel - start
     if left < block:
         return U(1), (left + U(7)) & ~U(7), left
-    nb = min(left // block, max(U(1), U(STRIP) // block))
+    nb = min(left // block, max(U(1), U(STRIP_KEEPING if keeping else STRIP) // block))
     return nb, block, nb * block
 
 
@@ -265,6 +266,7 @@ def quantize(a, f, table, segments):
     v, h = at(a[SCRATCH], f32), at(a[SCRATCH + 1], f32)
     r, q = at(a[SCRATCH + 2], u32), at(a[SCRATCH + 3], Q)
     s, lanes = at(a[SCRATCH + 4], f32), at(a[SCRATCH + 5], f64)
+    keeping = a[MEMORY_KIND] != NONE
     for stage in range(0 if a[SHARED] else 1, 2):
         if stage == 1 and a[SHARED]:
             finish_groups(a, f[LEVELS])
@@ -274,7 +276,7 @@ def quantize(a, f, table, segments):
                 continue
             start = U(0)
             while start < U(piece[NUMEL]):
-                nb, width, n = strip(U(piece[NUMEL]), start, U(a[BLOCK]))
+                nb, width, n = strip(U(piece[NUMEL]), start, U(a[BLOCK]), keeping)
                 o = U(piece[OFFSET]) + start
                 g = v
                 if a[DTYPE] == FP32 and n == nb * width:  # is read where it is
@@ -296,7 +298,7 @@ def reduce(a, f, table, segments):
     r, q = at(a[SCRATCH + 2], u32), at(a[SCRATCH + 3], Q)
     s, lanes = at(a[SCRATCH + 4], f32), at(a[SCRATCH + 5], f64)
     sums, dense = at(a[SCRATCH + 6], f32), a[DENSE]  # not in v: loops want their arrays apart
-    two_passes = a[SHARED] and not dense
+    two_passes, keeping = a[SHARED] and not dense, a[MEMORY_KIND] != NONE
     for stage in range(0 if two_passes else 1, 2):
         if stage == 1 and two_passes:
             finish_groups(a, f[LEVELS])
@@ -306,7 +308,7 @@ def reduce(a, f, table, segments):
                 continue
             start = U(0)
             while start < U(piece[NUMEL]):
-                nb, width, n = strip(U(piece[NUMEL]), start, U(a[BLOCK]))
+                nb, width, n = strip(U(piece[NUMEL]), start, U(a[BLOCK]), keeping)
                 clear(sums, U(0), nb * width)
                 for rank in range(a[COUNT]):
                     base = U(rank) * U(a[STRIDE])
@@ -335,7 +337,7 @@ def dequantize(a, f, table, segments):
             continue
         start = U(0)
         while start < U(piece[NUMEL]):
-            nb, width, n = strip(U(piece[NUMEL]), start, U(a[BLOCK]))
+            nb, width, n = strip(U(piece[NUMEL]), start, U(a[BLOCK]), False)
             o = U(piece[OFFSET]) + start
             codes = collect(a, a[WIRE], U(0), piece, start, nb, width, q, s)
             if a[ADD]:

@@ -23,6 +23,9 @@ ABSMAX, L2, MEAN, UNSCALED = 0, 1, 2, 3
 
 STRIP = 2048
 """Elements that are worked on together (at least a block): with its codes it fits the L1 cache."""
+STRIP_KEEPING = 512
+"""The same with a residual, which is read and written as well: while the processor codes one short
+strip it loads the next. A third faster than 2048 (64 MiB as int4: 6.2 instead of 8.6 ms)."""
 MAX_BLOCK = 4096
 LANES = U(32)
 RUN = U(4096)
