@@ -46,7 +46,7 @@ class Carrier:
         self.meter = meter
         self.lost: list[str] = []
         self.aborted: RuntimeError | None = None
-        self._checking = _flag("COMMLIB_CHECK")
+        self.checking = _flag("COMMLIB_CHECK")
         self._number = 0  # of the message
         self._agreement = Agreement(transport, timeout)
         self._lock = threading.RLock()
@@ -90,7 +90,7 @@ class Carrier:
     def _via(self, plan: Plan, message: Message) -> Transport:
         """The transport of the message about to start; the same kind on all ranks."""
         transport = self.transport
-        if self._checking:
+        if self.checking:
             return Checked(transport, message.name, self._number, self.timeout)
         if transport.tagged and message.part_bytes(plan.op, transport.size) >= LANE_MIN_BYTES:
             return Lane(transport, self._agreement.number, self._number)
@@ -112,10 +112,11 @@ class Carrier:
             work = Work(result, len(plan.messages), self.give_up)
             inline = self._worker.idle and not async_op
             sampled = not plan.lossless and self.meter.due(plan.label)
+            for place, message in enumerate(plan.messages):  # before any is counted: it may fail
+                if sampled and not message.scheme.lossless:
+                    sample_errors(self.meter, message, x, self._number + 1 + place)
             for message in plan.messages:
                 self._number += 1
-                if sampled and not message.scheme.lossless:
-                    sample_errors(self.meter, message, x, self._number)
                 what = f"{plan.op} of key {plan.label!r} (message {self._number})"
                 via = self._via(plan, message)
                 metered = self._metered(steps(message, via), plan, message)
@@ -128,7 +129,7 @@ class Carrier:
     def native(self, plan: Plan, x: torch.Tensor, factor: float) -> Work | None:
         """The library's own all_reduce without detours, if nothing else is under way."""
         with self._lock:
-            if not self._worker.idle or self._checking or x.numel() == 0:
+            if not self._worker.idle or self.checking or x.numel() == 0:
                 return None
             self.refuse()
             self._number += 1

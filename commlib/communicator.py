@@ -194,10 +194,12 @@ class Communicator(Engine):
         plan = self._plan("all_to_all" if even else "all_to_all of parts", x, None, role, scheme)
         flat, into = x.detach().view(-1), out.detach().view(-1)
 
+        plain = is_exact()  # now: the message may start when the stretch has ended
+
         def chosen(numel: int) -> Compressor | None:
             if scheme is not None:
                 return self._compressors.of(explicit(scheme, None, x.dtype, role))
-            found = raw() if is_exact() else self._choose(TensorInfo(None, numel, x.dtype, role))
+            found = raw() if plain else self._choose(TensorInfo(None, numel, x.dtype, role))
             return None if found.lossless else self._compressors.of(found)
 
         def steps(m: Message, t: Transport) -> Steps:

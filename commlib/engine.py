@@ -173,6 +173,7 @@ class Engine:
             policy = self.policy.digest()
         text = {"op": plan.op, "key": plan.label, **plan.text}
         text |= {"policy": policy, "seed": self.seed, "wire": WIRE_VERSION}
+        text["COMMLIB_CHECK"] = self._carrier.checking
         self._carrier.agree(text)
         self._plans[id_] = plan
 

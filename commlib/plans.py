@@ -157,6 +157,7 @@ def segmented(
         "scheme": [str(s) for s in schemes],
         "numel": list(sizes),
         "dtype": str(dtype),
+        "native": lossless,
     }
     if lossless or dtype not in DTYPES:
         whole = Message(raw(), Layout((sum(sizes),), dtype), None, tuple(range(len(sizes))))

@@ -61,6 +61,10 @@ class Native:
         return _format(self)
 
 
+MAX_SLICES = 1024
+"""Each has two exchanges, and a message numbers its exchanges (lane.py)."""
+
+
 @dataclass(frozen=True)
 class TwoPhase:
     """Compressed reduce-scatter, then compressed all-gather: two quantizations whatever the ranks.
@@ -74,8 +78,8 @@ class TwoPhase:
     slices: int | None = None
 
     def __post_init__(self) -> None:
-        if self.slices is not None and self.slices < 1:
-            raise ValueError(f"two_phase: slices is {self.slices}, it must be at least 1")
+        if self.slices is not None and not 1 <= self.slices <= MAX_SLICES:
+            raise ValueError(f"two_phase: slices is {self.slices}, allowed: 1 to {MAX_SLICES}")
 
     def __str__(self) -> str:
         return _format(self)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .traffic import (
+    Timeout,
     all_gather_bytes,
     all_reduce_bytes,
     all_to_all_bytes,
@@ -83,10 +84,9 @@ class _Slot:
             if self.finished:
                 return
             missing = [r for r in self.members if r not in self.joined]
-            reason = self.error or world.broken
-            if not in_time:
-                reason = f"timed out after {timeout} s: ranks {missing} did not come"
-        raise RuntimeError(f"exchange {self.what} failed: {reason}")
+        if timeout is not None and not in_time:
+            raise Timeout(timeout, f"exchange {self.what}: ranks {missing} did not come")
+        raise RuntimeError(f"exchange {self.what} failed: {self.error or world.broken}")
 
 
 class ThreadTransport:

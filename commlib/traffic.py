@@ -23,6 +23,7 @@ class Timeout(RuntimeError):
 
     def __init__(self, seconds: float, detail: object = "") -> None:
         super().__init__(f"timed out after {seconds:g} s" + (f": {detail}" if detail else ""))
+        self.detail = detail
 
 
 class Pending(Protocol):

@@ -77,13 +77,15 @@ class _Exchange:
     def wait(self, timeout: float | None = None) -> None:
         if self._work is None:
             return
+        start = time.monotonic()
         try:
             if timeout is None:
                 self._work.wait()
             else:
                 self._work.wait(datetime.timedelta(seconds=timeout))
         except RuntimeError as error:
-            if timeout is not None and TIMED_OUT.search(str(error)):
+            late = timeout is not None and time.monotonic() - start > 0.9 * timeout
+            if timeout is not None and late and TIMED_OUT.search(str(error)):
                 raise Timeout(timeout, error) from error
             raise
         if self._tellable:
@@ -96,10 +98,10 @@ class _Exchange:
             return True
         try:
             self.wait(seconds)
-        except RuntimeError:
-            if self.done():
-                raise  # it failed; else only this look was too short
-            return False
+        except Timeout:
+            if not self.done():
+                return False  # only this look was too short
+            self.wait(timeout)
         return True
 
 

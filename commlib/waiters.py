@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
@@ -37,8 +38,8 @@ class Waiters:
             if self._busy > len(self._threads) < self._count:
                 name = f"commlib waiter {len(self._threads)}"
                 thread = threading.Thread(target=self._loop, name=name, daemon=True)
-                self._threads.append(thread)
                 thread.start()
+                self._threads.append(thread)
         self._jobs.put((pending, timeout, done))
         return done
 
@@ -49,8 +50,10 @@ class Waiters:
         """
         for _ in self._threads:
             self._jobs.put(None)
+        end = None if patience is None else time.monotonic() + patience
         for thread in self._threads:
-            thread.join(patience)
+            if thread is not threading.current_thread():  # the garbage collector may run anywhere
+                thread.join(None if end is None else max(0.0, end - time.monotonic()))
 
     def _loop(self) -> None:
         while (job := self._jobs.get()) is not None:

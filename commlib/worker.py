@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 import torch
@@ -101,7 +101,7 @@ class Worker:
         """Carry a task out on the calling thread; only while idle."""
         task.step = Step.READY  # it has started
         try:
-            drive(task.steps, lambda pending: attend(pending, self._timeout, self._look))
+            drive(task.steps, self._watch if task.lane else self._attend)
         except BaseException as error:
             self._broken = self._fail(error, [task])
             task.work._finish(self._broken)
@@ -109,6 +109,17 @@ class Worker:
                 raise
             raise self._broken from error
         task.work._finish()
+
+    def _attend(self, pending: Pending) -> None:
+        attend(pending, self._timeout, self._look)
+
+    def _watch(self, pending: Pending) -> None:
+        """Like `attend`, for exchanges that only tell of their end to whoever waits for it."""
+        found = self._waiters.watch(pending, self._timeout)
+        with span("wait"):
+            while not wait([found], LOOK).done:
+                self._look()
+        found.result()
 
     def tasks(self) -> list[Task]:
         """What is in flight or queued."""
@@ -155,8 +166,9 @@ class Worker:
                     else:
                         with span("wait"), self._changed:
                             task = self._active[0]
-                            if not self._changed.wait_for(lambda: self._news, LOOK):
-                                self._look()
+                            quiet = not self._changed.wait_for(lambda: self._news, LOOK)
+                        if quiet:  # without the lock: the store may take its time
+                            self._look()
                 except BaseException as error:
                     self._break(error, task)
                     return
@@ -214,7 +226,10 @@ class Worker:
         if task in tasks:  # first the one that failed
             tasks.remove(task)
             tasks.insert(0, task)
-        broken = self._fail(error, tasks)
+        try:
+            broken = self._fail(error, tasks)
+        except BaseException as worse:  # nobody may be left waiting
+            broken = worse
         with self._changed:
             self._broken = broken
             tasks += [other for other in self._queue if other not in tasks]
@@ -232,7 +247,7 @@ def attend(pending: Pending, timeout: float, look: Look) -> None:
         return
     end = time.monotonic() + timeout
     with span("wait"):
-        while not pending.poll(min(LOOK, max(0.0, end - time.monotonic())), timeout):
+        while not pending.poll(min(LOOK, max(1e-3, end - time.monotonic())), timeout):
             if time.monotonic() >= end:
                 raise Timeout(timeout)
             look()

@@ -11,8 +11,8 @@ import torch
 
 from commlib import Communicator
 from commlib.lane import MIN_BYTES, Lane, Together
-from commlib.traffic import Timeout
-from commlib.transport import ThreadTransport, TorchTransport, Transport, run_ranks
+from commlib.traffic import Pending, Timeout
+from commlib.transport import ThreadTransport, TorchTransport, Transport, _Exchange, run_ranks
 from commlib.waiters import Waiters
 
 from .communicators import data, on_ranks, only
@@ -101,43 +101,53 @@ def test_messages_overtake_one_another_on_gloo(pool: Pool) -> None:
     assert pool.run(gloo_overtake, ranks=3) == [expected] * 3
 
 
-def test_a_slow_sum_does_not_keep_the_next_message_off_the_wire(
+class Held:
+    """An exchange that is not done before `gate` opens."""
+
+    def __init__(self, inner: Pending, gate: threading.Event) -> None:
+        self.inner, self.gate = inner, gate
+
+    def done(self) -> bool:
+        return self.gate.is_set() and self.inner.done()
+
+    def wait(self, timeout: float | None = None) -> None:
+        assert self.gate.wait(20.0), "the second message was not issued"
+        self.inner.wait(timeout)
+
+    def poll(self, seconds: float, timeout: float) -> bool:
+        self.wait(timeout)
+        return True
+
+
+def test_a_slow_message_does_not_keep_the_next_one_off_the_wire(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The first message's sum waits until all ranks have issued the second: by turns it would
-    wait for ever.
-    """
-    issued = threading.Semaphore(0)
+    """The first message's exchange ends after the second was issued: by turns it never would."""
+    gates = [threading.Event() for _ in range(2)]
+    held: list[int] = []
     all_to_all = Lane.all_to_all
 
-    def counted(self: Lane, *args: Any, **kwargs: Any) -> Any:
+    def hold_the_first(self: Lane, *args: Any, **kwargs: Any) -> Any:
         exchange = all_to_all(self, *args, **kwargs)
-        issued.release()
-        return exchange
+        if self.rank in held:
+            gates[self.rank].set()
+            return exchange
+        held.append(self.rank)
+        return Held(exchange, gates[self.rank])
 
-    monkeypatch.setattr(Lane, "all_to_all", counted)
+    monkeypatch.setattr(Lane, "all_to_all", hold_the_first)
 
     def body(c: Communicator) -> list[torch.Tensor]:
-        first, second = data(c.rank, LANED, 1), data(c.rank, LANED, 2)
-        reduce = c._compressors.of(parsed).reduce
-
-        def slow(*args: Any, **kwargs: Any) -> None:
-            for _ in range(2 * c.size):
-                assert issued.acquire(timeout=20.0)
-            issued.release(2 * c.size)
-            reduce(*args, **kwargs)
-
-        monkeypatch.setattr(c._compressors.of(parsed), "reduce", slow)
-        works = [c.all_reduce(x, k, async_op=True) for x, k in ((first, "a"), (second, "b"))]
+        outs = [data(c.rank, LANED, 1), data(c.rank, LANED, 2)]
+        works = [c.all_reduce(x, k, async_op=True) for k, x in zip("ab", outs, strict=True)]
         for work in works:
             work.wait(30.0)
-        return [first, second]
+        return outs
 
-    policy = only("int8+ef")
-    parsed = policy.rules[0].scheme
-    results = on_ranks(2, policy, body)
-    for place in range(2):
-        assert torch.equal(results[0][place], results[1][place])
+    results = on_ranks(2, only("int8+ef"), body)
+    assert sorted(held) == [0, 1]
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_laned_and_ordered_messages_mix() -> None:
@@ -200,7 +210,7 @@ def test_tags_are_numbers_that_gloo_takes() -> None:
 
     recorder: Any = Recorder()
     x = torch.zeros(2)
-    for communicator in (0, 31):
+    for communicator in (0, 255):
         for message in (0, 1, 1023):
             lane = Lane(recorder, communicator, message)
             for _ in range(2):
@@ -257,12 +267,66 @@ def test_waiters_wait_beside_one_another_and_pass_errors_on() -> None:
 
 
 def test_a_stop_leaves_what_waits_for_the_lost() -> None:
-    waiters, lost = Waiters(1, lambda: None), Slow()
-    waiters.watch(lost, 20.0)
+    waiters, lost = Waiters(8, lambda: None), Slow()
+    for _ in range(8):
+        waiters.watch(lost, 20.0)
     start = time.monotonic()
-    waiters.stop(0.05)
-    assert time.monotonic() - start < 5.0
+    waiters.stop(0.5)  # for all of them together
+    assert time.monotonic() - start < 3.0
     lost.event.set()
+
+
+@pytest.mark.parametrize("numel", [1000, LANED])
+@pytest.mark.parametrize("async_op", [False, True])
+def test_a_rank_learns_of_another_ranks_failure_before_its_own_timeout(
+    numel: int, async_op: bool
+) -> None:
+    def body(c: Communicator) -> float:
+        c.all_reduce(data(c.rank, numel), "x")  # the plan is agreed on
+        start = time.monotonic()
+        if c.rank == 1:
+            c._carrier.give_up(0.0)
+            return 0.0
+        with pytest.raises(RuntimeError, match=r"rank 1 .*not done after 0 s"):
+            c.all_reduce(data(c.rank, numel), "x", async_op=async_op).wait()
+        return time.monotonic() - start
+
+    assert max(on_ranks(2, only("int8+ef"), body, timeout=25.0)) < 20.0
+
+
+def test_checks_on_one_rank_only_are_found_before_anything_moves() -> None:
+    def rank(t: ThreadTransport) -> str:
+        c = Communicator(t, only("int8"))
+        c._carrier.checking = t.rank == 1
+        with pytest.raises(RuntimeError) as caught:
+            c.all_reduce(data(t.rank, LANED))
+        assert t.bytes_sent == 0
+        return str(caught.value)
+
+    for text in run_ranks(2, rank):
+        assert "COMMLIB_CHECK: rank" in text
+
+
+class LateWork:
+    """A c10d work that is done just after a look at it has timed out."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def is_completed(self) -> bool:
+        return self.looks > 0
+
+    def wait(self, timeout: Any) -> None:
+        self.looks += 1
+        if self.looks == 1:
+            time.sleep(timeout.total_seconds())
+            raise RuntimeError("Timed out waiting 10ms for recv operation to complete")
+
+
+def test_a_look_that_just_misses_the_end_is_no_failure() -> None:
+    work = LateWork()
+    assert _Exchange(work, None).poll(0.01, 5.0)
+    assert work.looks == 2
 
 
 def gloo_timeout() -> str:

@@ -80,7 +80,7 @@ def test_the_text_is_canonical(text: str, canonical: str) -> None:
         ("int8@two_phase:slice=2", ["unknown option 'slice'", "did you mean 'slices'"]),
         ("int8@two_phase:slices", ["has no value", "slices=VALUE"]),
         ("int8@two_phase:slices=two", ["slices is 'two'", "whole number"]),
-        ("int8@two_phase:slices=0", ["slices is 0", "at least 1"]),
+        ("int8@two_phase:slices=0", ["slices is 0", "allowed: 1 to 1024"]),
         ("int8@two_phase:slices=2:slices=3", ["'slices' is given twice"]),
         ("int8@two_phase:back=int99", ["two_phase: back", "int99"]),
         ("int8@native", ["the network cannot add int8", "two_phase or ring"]),

@@ -70,6 +70,7 @@ def communicator(
 
 def retire(communicator: Communicator) -> None:
     """Stop a communicator made here, and its channel."""
+    communicator._carrier.flush()  # what is under way may fail yet
     aborted = communicator._carrier.aborted is not None
     communicator.close()
     transport = communicator.transport
