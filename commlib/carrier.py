@@ -1,6 +1,6 @@
 """Carrier: how planned messages get through, and what happens when they do not.
 
-Calls are carried out in call order: on the calling thread if nothing else is under way, else by one
+Calls are started in call order: on the calling thread if nothing else is under way, else by one
 worker thread.
 
 After a failure (a rank died, or did not come within the timeout) the carrier is aborted: it asks

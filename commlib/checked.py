@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .traffic import Pending, Through, Transport
+from .traffic import Pending, Through, Transport, split_by_rank
 
 WIRE_VERSION = 1
 STAMP = struct.Struct("<4I")
@@ -39,14 +39,10 @@ class Checked(Through):
         out_splits: Sequence[int] | None = None,
         in_splits: Sequence[int] | None = None,
     ) -> Pending:
-        def pieces(x: torch.Tensor, splits: Sequence[int] | None) -> Sequence[torch.Tensor]:
-            part = -(-x.numel() // self.size)
-            return list(x.view(-1).split(part if splits is None else list(splits)))
-
-        stamps = b"".join(self._stamp(piece) for piece in pieces(inp, in_splits))
+        stamps = b"".join(self._stamp(part) for part in split_by_rank(inp, in_splits, self.size))
         got = self._stamps(stamps)
         pending = self._inner.all_to_all(out, inp, out_splits=out_splits, in_splits=in_splits)
-        return _Verified(self, pending, list(pieces(out, out_splits)), got)
+        return _Verified(self, pending, list(split_by_rank(out, out_splits, self.size)), got)
 
     def all_gather(self, out: torch.Tensor, inp: torch.Tensor) -> Pending:
         got = self._stamps(self._stamp(inp) * self.size)

@@ -10,9 +10,10 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from .benchmark.units import parse_output
+if TYPE_CHECKING:
+    from pathlib import Path
 
 T = TypeVar("T")
 
@@ -157,7 +158,7 @@ def _collective_options(sub: argparse.ArgumentParser) -> None:
     add("--budget", float, 20.0, "SECONDS", "for the rounds of a size")
     add("--timeout", float, 300.0, "SECONDS", "of one collective")
     add("--seed", int, 0, "N", "of the data and of random rounding")
-    add("--json", parse_output, None, "FILE", "one JSON row per line, replaces FILE", shown="none")
+    add("--json", _output, None, "FILE", "one JSON row per line, replaces FILE", shown="none")
     add("--link", str, None, "TEXT", "name of the link in the rows", shown="what was started")
 
 
@@ -169,7 +170,7 @@ def _codec_options(sub: argparse.ArgumentParser) -> None:
     add("--iters", _positive, None, "N", "rounds per codec", shown="what --budget fits")
     add("--budget", float, 5.0, "SECONDS", "for the rounds of a codec")
     add("--seed", int, 0, "N", "of the data")
-    add("--json", parse_output, None, "FILE", "one JSON row per line, replaces FILE", shown="none")
+    add("--json", _output, None, "FILE", "one JSON row per line, replaces FILE", shown="none")
     sub.add_argument("--no-peers", action="store_true", help="without FBGEMM, torch, bitsandbytes")
 
 
@@ -257,6 +258,13 @@ def _size(text: str) -> int:
     from .benchmark.units import parse_size
 
     return parse_size(text)
+
+
+@_checked
+def _output(text: str) -> Path:
+    from .benchmark.units import parse_output
+
+    return parse_output(text)
 
 
 @_checked

@@ -23,6 +23,7 @@ from .traffic import (
     check_all_to_all,
     check_rank,
     check_tensor,
+    split_by_rank,
 )
 
 Move = Callable[[list[tuple[torch.Tensor, ...]]], None]
@@ -123,8 +124,10 @@ class ThreadTransport:
         self._check("all_to_all", out, inp)
         check_all_to_all(out, inp, out_splits, in_splits, self.size)
         self.bytes_sent += all_to_all_bytes(inp, in_splits, self.rank, self.size)
-        outs = out.view(-1).split(_sizes(out, out_splits, self.size))
-        inps = inp.view(-1).split(_sizes(inp, in_splits, self.size))
+        outs, inps = (
+            split_by_rank(out, out_splits, self.size),
+            split_by_rank(inp, in_splits, self.size),
+        )
 
         def move(rows: list[tuple[torch.Tensor, ...]]) -> None:
             for dst, row in enumerate(rows):
@@ -248,10 +251,6 @@ class ThreadTransport:
             with self._world.changed:
                 self._world.slots.pop(name, None)
         return slot
-
-
-def _sizes(x: torch.Tensor, splits: Sequence[int] | None, size: int) -> list[int]:
-    return [x.numel() // size] * size if splits is None else list(splits)
 
 
 def run_ranks(

@@ -174,6 +174,14 @@ def broadcast_bytes(nbytes: int, rank: int, src: int, size: int, *, chain: bool 
     return nbytes * sum(place < 1 << bit and place + (1 << bit) < size for bit in bits)
 
 
+def split_by_rank(
+    x: torch.Tensor, splits: Sequence[int] | None, size: int
+) -> tuple[torch.Tensor, ...]:
+    """Flat views of what goes to, or comes from, each rank; None: equal parts."""
+    sizes = [x.numel() // size] * size if splits is None else list(splits)
+    return torch.split(x.view(-1), sizes)
+
+
 def check_tensor(verb: str, x: torch.Tensor, device: torch.device) -> None:
     """Refuse a tensor the library would mishandle (ValueError)."""
     if not x.is_contiguous():

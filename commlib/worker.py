@@ -61,7 +61,7 @@ Fail = Callable[[BaseException, list[Task]], BaseException]
 
 
 class Worker:
-    """One thread that runs tasks in the order they came.
+    """One thread that starts tasks in the order they came.
 
     fail(error, tasks): called once, with the tasks in flight, the one that failed first; returns
     the error that they and all later ones get. look(): called now and then while an exchange takes

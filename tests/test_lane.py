@@ -14,6 +14,8 @@ from commlib.lane import MIN_BYTES, Lane, Together
 from commlib.traffic import Pending, Timeout
 from commlib.transport import ThreadTransport, TorchTransport, Transport, _Exchange, run_ranks
 from commlib.waiters import Waiters
+from commlib.work import Work
+from commlib.worker import Task, Worker
 
 from .communicators import data, on_ranks, only
 from .processes import Pool
@@ -271,9 +273,38 @@ def test_a_stop_leaves_what_waits_for_the_lost() -> None:
     for _ in range(8):
         waiters.watch(lost, 20.0)
     start = time.monotonic()
-    waiters.stop(0.5)  # for all of them together
-    assert time.monotonic() - start < 3.0
+    waiters.stop(1.0)  # for all of them together, not for each
+    assert time.monotonic() - start < 6.0
     lost.event.set()
+
+
+def test_a_slow_look_holds_up_nobody() -> None:
+    """The group's store may take its time to answer; calls are queued meanwhile."""
+    looking, answered = threading.Event(), threading.Event()
+
+    def look() -> None:
+        looking.set()
+        assert answered.wait(20.0)
+
+    def steps(pending: Slow) -> Any:
+        yield pending
+
+    worker, first, second = Worker(20.0, lambda error, tasks: error, look), Slow(), Slow()
+    works = [Work(None), Work(None)]
+    worker.submit(Task(steps(first), works[0], "first"))
+    assert looking.wait(10.0)
+    submit = threading.Thread(
+        target=worker.submit, args=(Task(steps(second), works[1], "second"),), daemon=True
+    )
+    submit.start()
+    submit.join(10.0)
+    queued = not submit.is_alive()
+    for event in (answered, first.event, second.event):
+        event.set()
+    assert queued
+    for work in works:
+        assert work.wait(10.0)
+    worker.stop()
 
 
 @pytest.mark.parametrize("numel", [1000, LANED])

@@ -6,7 +6,6 @@ KiB, MiB, GiB are powers of 1024; KB, MB, GB and all units of rates are powers o
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 from pathlib import Path
@@ -47,11 +46,11 @@ def format_rate(bits_per_second: float) -> str:
 
 
 def parse_output(text: str) -> Path:
-    """A file to write, for argparse: ArgumentTypeError where it cannot be written."""
+    """A file to write. ValueError where that would fail."""
     path = Path(text)
     place = path if path.exists() else path.absolute().parent
     if path.is_dir() or not os.access(place, os.W_OK):
-        raise argparse.ArgumentTypeError(
+        raise ValueError(
             f"{text!r} cannot be written: name a file in a folder that exists and is yours"
         )
     return path

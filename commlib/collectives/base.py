@@ -37,7 +37,7 @@ from .pool import Pool
 # 1 slice took 167 ms, 2 140, 3 to 12 all 126 to 142; at 10 Gbit/s, where the cores are what limits,
 # 1 slice took 72 ms, 2 and 3 83, 6 91: every further exchange costs 1 to 4 ms on busy cores.
 SLICE_BYTES = 1 << 20
-MAX_SLICES = 4
+DEFAULT_SLICES = 4
 
 
 class Step(Enum):
@@ -88,7 +88,7 @@ def num_slices(codec: Codec, wire_bytes: int, asked: int | None = None) -> int:
     """Slices of a message with `wire_bytes` bytes of wire: a function of what all ranks know."""
     if not codec.sliceable:
         return 1
-    return asked or max(1, min(MAX_SLICES, wire_bytes // SLICE_BYTES))
+    return asked or max(1, min(DEFAULT_SLICES, wire_bytes // SLICE_BYTES))
 
 
 def parts(codec: Codec, layout: Layout, asked: int | None = None) -> list[Layout]:

@@ -51,9 +51,8 @@ def parser() -> argparse.ArgumentParser:
     add("--schemes", type=_words, metavar="LIST", help="comma-separated "
         "(int8+ef,int4+ef); with --loss also core or all")  # fmt: skip
     add("--model", choices=("10M", "small"), help="10.9M or 0.9M parameters (10M)")
-    add("--json", type=parse_output, metavar="FILE", help="write one JSON row per line")
-    add("--plot", type=_image, metavar="FILE", default="commlib-demo.png",
-        help="the image, or none")  # fmt: skip
+    add("--json", type=Path, metavar="FILE", help="write one JSON row per line")
+    add("--plot", metavar="FILE", default="commlib-demo.png", help="the image, or none")
     network = top.add_argument_group("training over a slow network")
     add = network.add_argument
     add("--rate", type=_rate, default="200mbit", metavar="RATE",
@@ -82,10 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     top = parser()
     args = top.parse_args(words)
     try:
+        if args.json:
+            parse_output(str(args.json))
         if args.loss:
             from .loss import main as loss
 
             return loss(args)
+        if args.plot != "none":
+            parse_output(args.plot)
         schemes = _checked(("int8+ef", "int4+ef") if args.schemes is None else args.schemes)
     except ValueError as error:
         top.error(str(error))
@@ -194,10 +197,6 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
-
-
-def _image(text: str) -> str:
-    return text if text == "none" else str(parse_output(text))
 
 
 def _rate(text: str) -> str | None:
