@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from commlib.codecs import Codec, codec
-from commlib_kernels import BACKENDS, Format, Layout, Memory, Tag
+from commlib_kernels import BACKENDS, Format, Layout, Memory, Tag, load
 from commlib_kernels.layout import blocks, nbytes, pieces, stride
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -181,18 +181,11 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-@cache
-def backend(name: str) -> ModuleType | ImportError:
-    """The backend, or why it cannot be used here."""
-    try:
-        return importlib.import_module(f"commlib_kernels.{name}")
-    except ImportError as error:
-        return error
-
-
 def require(name: str) -> ModuleType:
     """The backend; without it the test is skipped, or fails where COMMLIB_REQUIRE names it."""
-    found = backend(name)
+    if name == "cuda_host":
+        return importlib.import_module("tests.cuda_host")
+    found = load(name)
     if isinstance(found, ModuleType):
         return found
     if name in os.environ.get("COMMLIB_REQUIRE", "").split(","):
@@ -201,8 +194,8 @@ def require(name: str) -> ModuleType:
 
 
 def backends() -> list[str]:
-    """Every backend in the table, fastest first, the oracle last."""
-    return list(dict.fromkeys(name for names in BACKENDS.values() for name in names))
+    """Every backend for CPU tensors, the oracle last; first the CUDA C++ kernels, on this CPU."""
+    return ["cuda_host", *BACKENDS["cpu"]]
 
 
 def check_backend(candidate: ModuleType, oracle: ModuleType, case: Case) -> None:

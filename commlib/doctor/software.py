@@ -91,10 +91,14 @@ def cuda_match(
 
 def backends() -> Iterator[Finding]:
     """Which kernels serve each device, and why the others do not."""
+    import torch
+
     from commlib_kernels import BACKENDS, available, backend_for
 
     states = available()
     for device, names in BACKENDS.items():
+        if device == "cuda" and not torch.cuda.is_available():
+            continue  # `cuda` says why
         try:
             chosen = backend_for(device).name
         except (RuntimeError, ValueError) as error:

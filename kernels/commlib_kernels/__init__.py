@@ -12,6 +12,7 @@ which they are tried for a device. An op that a backend lacks is served by the n
 
 import importlib
 import os
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -30,34 +31,39 @@ __all__ = [
     "available",
     "backend_for",
     "dequantize",
+    "load",
     "nbytes",
     "quantize",
     "reduce",
     "stride",
 ]
 
-BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("numba_cpu", "reference")}
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "cpu": ("numba_cpu", "reference"),
+    "cuda": ("cupy_cuda", "numba_cuda"),
+}
 """Device type -> backends, best first."""
 
 ENVIRONMENT = "COMMLIB_BACKEND"
 
-_loaded: dict[str, ModuleType | ImportError] = {}
 
-
-def _load(name: str) -> ModuleType | ImportError:
-    if name not in _loaded:
-        try:
-            _loaded[name] = importlib.import_module(f"commlib_kernels.{name}")
-        except ImportError as error:
-            _loaded[name] = error
-    return _loaded[name]
+@cache
+def load(name: str) -> ModuleType | ImportError:
+    """A backend, or why it cannot be used here."""
+    try:
+        module = importlib.import_module(f"commlib_kernels.{name}")
+        if hasattr(module, "ready"):
+            module.ready()
+    except ImportError as error:
+        return error
+    return module
 
 
 def available() -> dict[str, str]:
     """Every backend and "ok", or the reason why it cannot be used here."""
     names = dict.fromkeys(name for choices in BACKENDS.values() for name in choices)
     return {
-        name: "ok" if isinstance(found := _load(name), ModuleType) else str(found) for name in names
+        name: "ok" if isinstance(found := load(name), ModuleType) else str(found) for name in names
     }
 
 
@@ -65,26 +71,32 @@ def backend_for(device: torch.device | str, op: str = "quantize") -> ModuleType:
     """The backend that serves `op` on tensors of `device`.
 
     Raises:
-        ValueError: the device has no backend, or COMMLIB_BACKEND names none that serves it.
-        RuntimeError: the backend named by COMMLIB_BACKEND cannot be used here.
+        ValueError: no backend serves the device, or COMMLIB_BACKEND names none.
+        RuntimeError: no backend can be used here, or the one named by COMMLIB_BACKEND cannot.
     """
-    kind = torch.device(device).type
+    kind = device.type if isinstance(device, torch.device) else torch.device(device).type
+    return _choose(kind, op, os.environ.get(ENVIRONMENT))
+
+
+@cache
+def _choose(kind: str, op: str, forced: str | None) -> ModuleType:
     choices = BACKENDS.get(kind, ())
-    forced = os.environ.get(ENVIRONMENT)
-    if forced:
-        if forced not in choices:
-            allowed = ", ".join(choices) or "none"
-            raise ValueError(
-                f"{ENVIRONMENT}={forced!r} does not serve {kind} tensors; allowed: {allowed}"
-            )
+    if not choices:
+        raise ValueError(f"no kernels for {kind} tensors; devices served: {', '.join(BACKENDS)}")
+    known = {name for names in BACKENDS.values() for name in names}
+    if forced and forced not in known:
+        raise ValueError(
+            f"{ENVIRONMENT}={forced!r} is no backend; allowed: {', '.join(sorted(known))}"
+        )
+    if forced in choices:  # else it names one of another device
         choices = (forced,)
     for name in choices:
-        module = _load(name)
+        module = load(name)
         if isinstance(module, ModuleType) and hasattr(module, op):
             return module
-        if forced:
-            raise RuntimeError(f"backend {forced!r}, named by {ENVIRONMENT}, fails: {module}")
-    raise ValueError(f"no kernels for {kind} tensors; devices served: {', '.join(BACKENDS)}")
+    reasons = "; ".join(f"{name}: {load(name)}" for name in choices)
+    named = f" ({ENVIRONMENT}={forced})" if forced in choices else ""
+    raise RuntimeError(f"no kernels for {kind} tensors can be used here{named}: {reasons}")
 
 
 def quantize(

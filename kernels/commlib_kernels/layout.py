@@ -14,7 +14,7 @@ bytes of a parameter nor the place of its residual.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -92,7 +92,7 @@ class Layout:
         """Elements of all segments (and all repetitions)."""
         return sum(self.sizes) * (self.ranks if self.stacked else 1)
 
-    @property
+    @cached_property
     def extent(self) -> int:
         """Elements that the tensor must have."""
         if self.dense:

@@ -58,7 +58,7 @@ def lanes(tag: Tag, segment: int, base: int, rows: int, width: int) -> npt.NDArr
         (
             groups & _MASK,
             groups >> _HIGH,
-            full(groups, tag.step & 0xFFFFFFFF),
+            full(groups, int(tag.step) & 0xFFFFFFFF),
             full(groups, tag.rank & 0xFFFFFFFF),
         ),
         (seed_word(tag.seed), tag.key(segment) & 0xFFFFFFFF),

@@ -123,7 +123,7 @@ class _Call:
         a, f, count = self.a, self.f, len(layout.sizes)
         self.segments = np.zeros((2, count), np.uint32)
         self.segments[0] = tag.keys
-        a[kernels.STEP : kernels.SEED + 1] = [tag.step, tag.rank, seed_word(tag.seed)]
+        a[kernels.STEP : kernels.SEED + 1] = [int(tag.step), tag.rank, seed_word(tag.seed)]
         if memory is not None:
             a[kernels.RESIDUAL] = memory.residual.data_ptr()
             a[kernels.MEMORY_KIND] = _DTYPES[memory.residual.dtype]

@@ -7,8 +7,6 @@ vectorisation as well.
 """
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -23,6 +21,7 @@ from numba.extending import intrinsic
 from numba.np import arrayobj
 
 from commlib_kernels import scalar
+from commlib_kernels.cache import folder
 
 Function = Callable[..., Any]
 
@@ -92,33 +91,15 @@ SCALARS = scalar.make(inlined, _mul, _add, bits, floats)
 
 @cache
 def cache_dir() -> Path:
-    """Where compiled kernels are kept: ``$COMMLIB_CACHE``, else ``~/.cache/commlib``.
+    """The folder of compiled kernels: one per version of the sources, of Numba and the processor.
 
-    Below it one folder per version of the sources, of Numba and of the processor, because Numba
-    does not notice changes in inlined functions. Where neither can be written (read-only home) a
-    folder in the temporary directory is used. Ranks may fill it at the same time: Numba writes to
-    a temporary name and renames.
+    Numba itself does not notice changes in inlined functions.
     """
     sources = sorted(Path(__file__).parent.parent.rglob("*.py"))
     digest = hashlib.sha256(numba.__version__.encode())
     for path in sources:
         digest.update(path.read_bytes())
-    name = f"numba-{digest.hexdigest()[:16]}"
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    places = [os.environ.get("COMMLIB_CACHE"), f"{home}/commlib"]
-    places.append(str(Path(tempfile.gettempdir()) / f"commlib-{os.getuid()}"))
-    for place in places:
-        if place and _writable(path := Path(place).expanduser() / name):
-            return path
-    return Path(tempfile.mkdtemp(prefix="commlib-"))
-
-
-def _writable(path: Path) -> bool:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        return os.access(path, os.W_OK)
-    except OSError:
-        return False
+    return folder(f"numba-{digest.hexdigest()[:16]}")
 
 
 def specialise(

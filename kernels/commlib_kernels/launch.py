@@ -1,0 +1,254 @@
+"""What both CUDA backends tell a kernel: numbers, addresses, and a table of pieces on the device.
+
+A warp works on a *tile*: as many whole blocks of a piece as 32 lanes hold, or 1024 elements of an
+exact piece. A lane holds one *unit* of a block of n elements: four neighbouring columns of eight
+rows, element ``row * n / 8 + column``. These are the elements of four groups of random numbers, and
+their bits lie in the same bytes of every plane: so a lane codes, packs and rounds alone, and lanes
+meet only for the maximum of their block.
+
+    unit u:  columns 4u .. 4u + 3        row r of it: elements r n/8 + 4u .. + 3
+
+Pieces do not change from message to message: their table is made once per layout and stays.
+"""
+
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from commlib_kernels.formats import Format
+from commlib_kernels.layout import Layout, pieces, stride
+from commlib_kernels.memory import Memory
+from commlib_kernels.philox import seed_word
+from commlib_kernels.tag import Tag
+
+LANES = 32
+ROWS, COLUMNS = 8, 4
+UNIT = ROWS * COLUMNS
+EXACT_TILE = 1024
+"""Elements of an exact piece that a warp copies."""
+RUN = 4096
+"""Elements whose norm is summed together (README, order of sums)."""
+
+FP32, FP16, BF16, INT8, NONE = range(5)
+"""Element types of tensors and residuals, as kernels are told them."""
+DTYPES = {torch.float32: FP32, torch.float16: FP16, torch.bfloat16: BF16, torch.int8: INT8}
+
+RULES = {"absmax": 0, "l2": 1, "mean": 2, "none": 3}
+
+IS_EXACT, IS_HELD = 1, 2
+
+# Columns of the table of pieces, one int64 each.
+(OFFSET, NUMEL, CODE, SCALE, BASE, KEY, FLAGS, MEMORY, MEMORY_BLOCK, GROUP, TILE) = range(11)
+TABLE_COLUMNS = 12  # the last is not used: rows keep to 16 bytes
+
+INTEGERS = (
+    "pieces", "piece_count", "tiles",  # the table
+    "x", "dtype", "exact_dtype", "wire",  # tensor, what exact pieces travel as, wire
+    "wires", "payloads", "stride", "dense", "add",  # of reduce and dequantize
+    "residual", "memory_kind", "residual_scales",
+    "block", "bits", "rule", "per_segment", "stochastic", "lanes",  # the format
+    "step", "step_at", "rank", "seed",  # random numbers; step_at: address of a step on the device
+    "groups", "group_step", "group_pieces", "first_runs", "runs",  # one scale per segment
+    "run_sums", "peaks", "scales",  # scratch of those
+)  # fmt: skip
+NUMBERS = ("levels", "factor", "alpha", "carry", "omega", "unused")
+STRUCT = np.dtype([(name, np.int64) for name in INTEGERS] + [(n, np.float32) for n in NUMBERS])
+"""The one argument of a kernel, by value; cupy_cuda/call.cuh declares the same."""
+
+
+class Pieces(NamedTuple):
+    """The table of a message on the device, and what the host must know of it."""
+
+    table: torch.Tensor  # int64, (pieces, 12)
+    tiles: int
+    first_runs: torch.Tensor  # int64, (groups + 1,): with one scale per segment
+    runs: int
+    groups: int
+    group_step: int
+    group_pieces: int
+
+
+def lanes_per_block(block: int) -> int:
+    """Lanes that share a block: a power of two; more than 32 units go to 32 lanes in turns."""
+    units = -(-block // UNIT)
+    return min(LANES, 1 << (units - 1).bit_length())
+
+
+def _on_device(
+    layout: Layout,
+    fmt: Format,
+    owner: bool,
+    keys: tuple[int, ...],
+    hold: tuple[int, ...],
+    device: torch.device,
+) -> Pieces:
+    """The pieces of a message, moved to `device` once."""
+    rows = pieces(layout, fmt, owner=owner)
+    blocks_per_tile = LANES // lanes_per_block(fmt.block)
+    table = np.zeros((len(rows), TABLE_COLUMNS), np.int64)
+    tiles = 0
+    for row, p in zip(table, rows, strict=True):
+        key = keys[p.segment] if len(keys) > 1 else keys[0]
+        flags = IS_EXACT * p.exact | IS_HELD * (p.segment in hold)
+        row[:] = (
+            p.x, p.numel, p.code, p.scale, p.base, key & 0xFFFFFFFF, flags,
+            p.memory, p.memory_block, p.group, tiles, 0,
+        )  # fmt: skip
+        tile = EXACT_TILE if p.exact else blocks_per_tile * fmt.block
+        tiles += -(-p.numel // tile)
+    count = len(layout.sizes)
+    groups = len(rows) if layout.stacked else count
+    sizes = np.zeros(groups, np.int64)
+    for p in rows:
+        sizes[p.group] += 0 if p.exact else p.numel
+    first_runs = np.zeros(groups + 1, np.int64)
+    np.cumsum(-(-sizes // RUN), out=first_runs[1:])
+    on_device = torch.from_numpy(table).to(device), torch.from_numpy(first_runs).to(device)
+    if device.type == "cuda":  # once per layout: other streams will read it
+        torch.cuda.current_stream(device).synchronize()
+    parts = 1 if layout.stacked else len(layout.payloads)
+    return Pieces(on_device[0], tiles, on_device[1], int(first_runs[-1]), groups, count, parts)
+
+
+class Launch(NamedTuple):
+    """Arguments of one kernel, and what must stay alive until it is queued."""
+
+    words: npt.NDArray[np.int64]  # one STRUCT, as it lies in memory
+    tiles: int
+    pieces: Pieces
+    scratch: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def arguments(self) -> npt.NDArray[np.void]:
+        """The words by their names."""
+        return self.words.view(STRUCT)
+
+
+# Places in the words: a message has a few microseconds of the host, fields by name would cost ten.
+_at = SimpleNamespace(**{name: place for place, name in enumerate(INTEGERS)})
+_NUMBERS = len(INTEGERS)
+_FACTOR = NUMBERS.index("factor")
+
+
+def quantize(
+    fmt: Format,
+    x: torch.Tensor,
+    wire: torch.Tensor,
+    layout: Layout,
+    tag: Tag,
+    memory: Memory | None,
+) -> Launch:
+    """The arguments of `quantize`."""
+    words, found = _template(layout, fmt, False, x.device, *_coding(fmt, tag, memory))
+    words = words.copy()
+    words[_at.x], words[_at.wire] = x.data_ptr(), wire.data_ptr()
+    scratch = _code(words, fmt, found, tag, memory, x.device)
+    return Launch(words, found.tiles, found, scratch)
+
+
+def dequantize(
+    fmt: Format, wire: torch.Tensor, out: torch.Tensor, layout: Layout, *, add: bool
+) -> Launch:
+    """The arguments of `dequantize`."""
+    words, found = _template(layout, fmt, False, out.device)
+    words = words.copy()
+    words[_at.x], words[_at.wire], words[_at.add] = out.data_ptr(), wire.data_ptr(), add
+    return Launch(words, found.tiles, found)
+
+
+def reduce(
+    fmt: Format,
+    wires: torch.Tensor,
+    out: torch.Tensor,
+    layout: Layout,
+    tag: Tag,
+    factor: float,
+    memory: Memory | None,
+) -> Launch:
+    """The arguments of `reduce`."""
+    size, dense = stride(layout, fmt), out.dtype != torch.uint8
+    coding = () if dense else _coding(fmt, tag, memory)
+    words, found = _template(layout, fmt, True, out.device, *coding)
+    words = words.copy()
+    words[_at.wires], words[_at.payloads] = wires.data_ptr(), wires.numel() // size if size else 0
+    words[_NUMBERS:].view(np.float32)[_FACTOR] = factor
+    if dense:
+        words[_at.dense], words[_at.dtype], words[_at.x] = True, DTYPES[out.dtype], out.data_ptr()
+        return Launch(words, found.tiles, found)
+    words[_at.wire] = out.data_ptr()
+    scratch = _code(words, fmt, found, tag, memory, out.device)
+    return Launch(words, found.tiles, found, scratch)
+
+
+Coding = tuple[tuple[int, ...], tuple[int, ...], tuple[float, float, float]]
+_PLAIN = (1.0, 0.0, 1.0)
+
+
+def _coding(fmt: Format, tag: Tag, memory: Memory | None) -> Coding:
+    """Keys of the random streams, held segments and rates, as far as they matter."""
+    keys = tag.keys if fmt.stochastic else (0,)
+    if memory is None:
+        return keys, (), _PLAIN
+    return keys, memory.hold, (memory.alpha, memory.carry, memory.omega)
+
+
+@lru_cache(maxsize=1024)
+def _template(
+    layout: Layout,
+    fmt: Format,
+    owner: bool,
+    device: torch.device,
+    keys: tuple[int, ...] = (0,),
+    hold: tuple[int, ...] = (),
+    rates: tuple[float, float, float] = _PLAIN,
+) -> tuple[npt.NDArray[np.int64], Pieces]:
+    """The words that stay the same from message to message, and the pieces they point to."""
+    found = _on_device(layout, fmt, owner, keys, hold, device)
+    call = np.zeros(1, STRUCT)
+    call["pieces"], call["piece_count"] = found.table.data_ptr(), len(found.table)
+    call["tiles"], call["stride"] = found.tiles, stride(layout, fmt)
+    call["dtype"] = call["exact_dtype"] = DTYPES[layout.dtype]
+    call["block"], call["bits"], call["rule"] = fmt.block, fmt.bits, RULES[fmt.scale]
+    call["per_segment"], call["stochastic"] = fmt.per_segment, fmt.stochastic
+    call["lanes"], call["memory_kind"] = lanes_per_block(fmt.block), NONE
+    call["levels"] = 448 if fmt.kind == "fp8" else fmt.levels
+    call["groups"], call["runs"] = found.groups, found.runs
+    call["group_step"], call["group_pieces"] = found.group_step, found.group_pieces
+    call["first_runs"] = found.first_runs.data_ptr()
+    call["alpha"], call["carry"], call["omega"] = rates
+    return call.view(np.int64), found
+
+
+def _code(
+    words: npt.NDArray[np.int64],
+    fmt: Format,
+    found: Pieces,
+    tag: Tag,
+    memory: Memory | None,
+    device: torch.device,
+) -> tuple[torch.Tensor, ...]:
+    """What coding needs beyond the tensor: random streams, residual, scratch for shared scales."""
+    if fmt.stochastic:
+        if isinstance(tag.step, torch.Tensor):
+            words[_at.step_at] = tag.step.data_ptr()
+        else:
+            words[_at.step] = tag.step & 0xFFFFFFFF
+        words[_at.rank], words[_at.seed] = tag.rank & 0xFFFFFFFF, seed_word(tag.seed)
+    if memory is not None:
+        words[_at.residual] = memory.residual.data_ptr()
+        words[_at.memory_kind] = DTYPES[memory.residual.dtype]
+        if memory.scales is not None:
+            words[_at.residual_scales] = memory.scales.data_ptr()
+    if not fmt.per_segment:
+        return ()
+    # Of this call alone, from the stream's allocator: two messages may be under way.
+    sums = torch.empty(max(1, found.runs), dtype=torch.float64, device=device)
+    peaks = torch.empty(max(1, found.runs), dtype=torch.int32, device=device)
+    scales = torch.empty(max(1, found.groups), dtype=torch.int32, device=device)
+    words[_at.run_sums], words[_at.peaks] = sums.data_ptr(), peaks.data_ptr()
+    words[_at.scales] = scales.data_ptr()
+    return sums, peaks, scales
