@@ -1,13 +1,16 @@
 # Every target makes .venv when it is missing and installs what it needs into it, once per change
 # of pyproject.toml or constraints.txt.
 #   make demo ARGS="--rate 1gbit"      make test ARGS="-k policy"      make test PYTHON=python3.13
+# The gpu targets install nothing: they run from the checkout with the Python that has torch for CUDA.
+#   make gpu GPU_PYTHON=python3
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
+GPU_PYTHON ?= python3
 
-.PHONY: demo test lint bench loss faults clean
+.PHONY: demo test lint bench loss faults compile-matrix test-cuda gpu gpu-check gpu-bench clean
 
 demo: $(VENV)/.installed-plot      ## four emulated hosts train a small GPT: plain DDP, bf16, int8+ef, int4+ef
 	$(BIN)/commlib demo $(ARGS)
@@ -16,12 +19,27 @@ loss: $(VENV)/.installed-plot      ## what each scheme costs in held-out loss, p
 	$(BIN)/commlib demo --loss --seeds 3 $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+compile-matrix: $(VENV)/.installed-cuda-check   ## every CUDA kernel for sm_75 to sm_120, without a GPU: no spill, no fma
+	$(BIN)/python -m bench.compile_matrix $(ARGS)
+
+test-cuda: $(VENV)/.installed-cuda-check   ## CUDA kernels without a GPU: how they compile, and the CUDA simulator
+	$(BIN)/python -m pytest -q tests/kernels/test_cupy_cuda.py tests/kernels/test_numba_cuda_build.py
+	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest -q tests/simulator $(ARGS)
+
+gpu: gpu-check gpu-bench           ## on a machine with a GPU: check, then measure, into bench/results/gpu/
+
+gpu-check:
+	PYTHONPATH=.:kernels $(GPU_PYTHON) -m bench.gpu.check $(ARGS)
+
+gpu-bench:
+	PYTHONPATH=.:kernels $(GPU_PYTHON) -m bench.gpu.bench $(ARGS)
 
 bench: $(VENV)/.installed-bench    ## kernels, codecs and hook overhead, saved as JSON
 	mkdir -p bench/results/local

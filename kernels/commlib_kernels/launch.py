@@ -11,7 +11,7 @@ meet only for the maximum of their block.
 Pieces do not change from message to message: their table is made once per layout and stays.
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -109,6 +109,11 @@ def _on_device(
     np.cumsum(-(-sizes // RUN), out=first_runs[1:])
     on_device = torch.from_numpy(table).to(device), torch.from_numpy(first_runs).to(device)
     if device.type == "cuda":  # once per layout: other streams will read it
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph captures a message of a layout that was never coded before; code it "
+                "once before the capture"
+            )
         torch.cuda.current_stream(device).synchronize()
     parts = 1 if layout.stacked else len(layout.payloads)
     return Pieces(on_device[0], tiles, on_device[1], int(first_runs[-1]), groups, count, parts)
@@ -143,8 +148,7 @@ def quantize(
     memory: Memory | None,
 ) -> Launch:
     """The arguments of `quantize`."""
-    words, found = _template(layout, fmt, False, x.device, *_coding(fmt, tag, memory))
-    words = words.copy()
+    words, found = _find(layout, fmt, False, x.device, *_coding(fmt, tag, memory))
     words[_at.x], words[_at.wire] = x.data_ptr(), wire.data_ptr()
     scratch = _code(words, fmt, found, tag, memory, x.device)
     return Launch(words, found.tiles, found, scratch)
@@ -154,8 +158,7 @@ def dequantize(
     fmt: Format, wire: torch.Tensor, out: torch.Tensor, layout: Layout, *, add: bool
 ) -> Launch:
     """The arguments of `dequantize`."""
-    words, found = _template(layout, fmt, False, out.device)
-    words = words.copy()
+    words, found = _find(layout, fmt, False, out.device)
     words[_at.x], words[_at.wire], words[_at.add] = out.data_ptr(), wire.data_ptr(), add
     return Launch(words, found.tiles, found)
 
@@ -172,8 +175,7 @@ def reduce(
     """The arguments of `reduce`."""
     size, dense = stride(layout, fmt), out.dtype != torch.uint8
     coding = () if dense else _coding(fmt, tag, memory)
-    words, found = _template(layout, fmt, True, out.device, *coding)
-    words = words.copy()
+    words, found = _find(layout, fmt, True, out.device, *coding)
     words[_at.wires], words[_at.payloads] = wires.data_ptr(), wires.numel() // size if size else 0
     words[_NUMBERS:].view(np.float32)[_FACTOR] = factor
     if dense:
@@ -196,8 +198,7 @@ def _coding(fmt: Format, tag: Tag, memory: Memory | None) -> Coding:
     return keys, memory.hold, (memory.alpha, memory.carry, memory.omega)
 
 
-@lru_cache(maxsize=1024)
-def _template(
+def _find(
     layout: Layout,
     fmt: Format,
     owner: bool,
@@ -206,7 +207,29 @@ def _template(
     hold: tuple[int, ...] = (),
     rates: tuple[float, float, float] = _PLAIN,
 ) -> tuple[npt.NDArray[np.int64], Pieces]:
-    """The words that stay the same from message to message, and the pieces they point to."""
+    """A copy of the words that stay the same from message to message, and the pieces.
+
+    Tables are kept for good, as plans are: a captured graph may read one at any time. Only those of
+    held segments, which may differ from step to step, make room for others.
+    """
+    if not hold:
+        words, found = _kept(layout, fmt, owner, device, keys, hold, rates)
+    else:
+        words, found = _passing(layout, fmt, owner, device, keys, hold, rates)
+        if device.type == "cuda":
+            found.table.record_stream(torch.cuda.current_stream(device))
+    return words.copy(), found
+
+
+def _template(
+    layout: Layout,
+    fmt: Format,
+    owner: bool,
+    device: torch.device,
+    keys: tuple[int, ...],
+    hold: tuple[int, ...],
+    rates: tuple[float, float, float],
+) -> tuple[npt.NDArray[np.int64], Pieces]:
     found = _on_device(layout, fmt, owner, keys, hold, device)
     call = np.zeros(1, STRUCT)
     call["pieces"], call["piece_count"] = found.table.data_ptr(), len(found.table)
@@ -221,6 +244,10 @@ def _template(
     call["first_runs"] = found.first_runs.data_ptr()
     call["alpha"], call["carry"], call["omega"] = rates
     return call.view(np.int64), found
+
+
+_kept = cache(_template)
+_passing = lru_cache(maxsize=256)(_template)
 
 
 def _code(

@@ -1,8 +1,8 @@
 """The arithmetic of one element, as scalar functions that Numba compiles for CPUs and for GPUs.
 
-`make` is a factory because the two targets differ in four things: the decorator, and how a product
-or a sum is kept from being contracted into a fused multiply-add (the bytes must not depend on
-that), and how a float's bits are read. Equations: kernels/README.md.
+`make` is a factory because the two targets differ in the decorator, in how a product or a sum is
+kept from being contracted into a fused multiply-add (the bytes must not depend on that), in how a
+float's bits are read, and in how it becomes an integer. Equations: kernels/README.md.
 """
 
 from collections.abc import Callable
@@ -41,13 +41,22 @@ class Scalars(NamedTuple):
     philox: Function
 
 
-def make(jit: Function, mul: Function, add: Function, bits: Function, floats: Function) -> Scalars:
+def make(
+    jit: Function,
+    mul: Function,
+    add: Function,
+    bits: Function,
+    floats: Function,
+    rint: Function,
+    floor: Function,
+) -> Scalars:
     """Compile the scalar functions.
 
     Args:
         jit: decorator; should inline.
         mul, add: fp32 product and sum that are never fused with what follows.
         bits, floats: fp32 to its uint32 pattern and back.
+        rint, floor: a small fp32 >= 0 to a uint32, ties to even or downwards.
     """
 
     @jit
@@ -71,7 +80,7 @@ def make(jit: Function, mul: Function, add: Function, bits: Function, floats: Fu
         sign = (b >> u32(16)) & u32(0x8000)
         normal = (a + u32(0xFFF) + ((a >> u32(13)) & u32(1))) >> u32(13)
         # 2^-14 is the smallest normal: below it the steps are even, 2^-24 apart.
-        even = u32(i32(np.rint(mul(floats(min(a, u32(0x38800000))), f32(2.0**24)))))
+        even = rint(mul(floats(min(a, u32(0x38800000))), f32(2.0**24)))
         half = even if a < u32(0x38800000) else normal - u32(112 << 10)
         half = u32(0x7C00) if a >= u32(0x477FF000) else half
         return sign | half if a <= u32(0x7F800000) else u32(0x7E00)
@@ -90,7 +99,7 @@ def make(jit: Function, mul: Function, add: Function, bits: Function, floats: Fu
         b = bits(y)
         a = min(b & u32(0x7FFFFFFF), u32(0x43E00000))  # 448
         normal = ((a + u32(0x7FFFF) + ((a >> u32(20)) & u32(1))) >> u32(20)) - u32(120 << 3)
-        even = u32(i32(np.rint(mul(floats(min(a, u32(0x3C800000))), f32(512)))))
+        even = rint(mul(floats(min(a, u32(0x3C800000))), f32(512)))
         return (even if a < u32(0x3C800000) else normal) | ((b >> u32(24)) & u32(0x80))
 
     @jit
@@ -99,7 +108,7 @@ def make(jit: Function, mul: Function, add: Function, bits: Function, floats: Fu
         a = min(b & u32(0x7FFFFFFF), u32(0x43E00000))
         normal = ((a + ((u32(r) << u32(4)) | u32(8))) >> u32(20)) - u32(120 << 3)
         small = mul(floats(min(a, u32(0x3C800000))), f32(512))
-        even = u32(i32(np.floor(add(small, uniform(r)))))
+        even = floor(add(small, uniform(r)))
         return (even if a < u32(0x3C800000) else normal) | ((b >> u32(24)) & u32(0x80))
 
     @jit
@@ -136,7 +145,8 @@ def make(jit: Function, mul: Function, add: Function, bits: Function, floats: Fu
     @jit
     def uniform(r):
         """16 random bits to the middle of one of 65536 cells of [0, 1)."""
-        return mul(add(f32(i32(r)), f32(0.5)), f32(2.0**-16))
+        # Exact: 1 + (R + 1/2) / 65536 has the bits R << 7 | 64 in its mantissa.
+        return add(floats(u32(0x3F800040) | (u32(r) << u32(7))), f32(-1))
 
     @jit
     def turn(c0, c1, c2, c3, k0, k1):

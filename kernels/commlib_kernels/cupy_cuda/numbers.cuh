@@ -53,7 +53,8 @@ __device__ __forceinline__ float fp16_value(u32 h) {
 
 // 16 random bits to the middle of one of 65536 cells of [0, 1).
 __device__ __forceinline__ float uniform(u32 r) {
-    return (floats(0x4B000000 | r) - 8388607.5f) * floats(0x37800000);
+    // Exact: 1 + (R + 1/2) / 65536 has the bits R << 7 | 64 in its mantissa.
+    return floats(0x3F800040 | r << 7) - 1.0f;
 }
 
 __device__ __forceinline__ u32 e4m3_nearest(float y) {

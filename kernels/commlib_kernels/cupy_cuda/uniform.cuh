@@ -26,10 +26,14 @@ struct Uniform {
             if (STOCHASTIC) words = stream.column(c + i);
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
-                float y = v[r][i] * inv;
-                if (STOCHASTIC) y = y + uniform(row_bits(words, r));
-                y = fmaxf(fminf(y, levels), -levels);
-                sums[r][i] = bits(STOCHASTIC ? __fadd_rd(y, INTEGER) : y + INTEGER);
+                const float y = v[r][i] * inv;
+                if (STOCHASTIC) {
+                    const float up = y + uniform(row_bits(words, r));
+                    sums[r][i] = bits(__fadd_rd(fmaxf(fminf(up, levels), -levels), INTEGER));
+                } else {
+                    // No clamp: the scale was rounded up, so that |y| < levels + 1/2.
+                    sums[r][i] = bits(y + INTEGER);
+                }
             }
         }
         const u32 kept = ((1u << width) - 1) * 0x01010101u;

@@ -142,8 +142,9 @@ class _Call:
         op(np.array(self.a, np.int64), np.array(self.f, np.float32), self.rows, self.segments)
 
 
-def warmup(fmt: Format) -> None:
+def warmup(fmt: Format, device: torch.device | None = None) -> None:
     """Compile the ops of this kind of format, or load them from the cache."""
+    del device  # there is one
     if fmt.kind == "raw":
         return
     layout = Layout((fmt.block,), align=fmt.align)

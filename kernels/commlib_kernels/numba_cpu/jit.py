@@ -63,6 +63,16 @@ def floats(b):
     return np.uint32(b).view(np.float32)
 
 
+@inlined
+def _rint(x):
+    return np.uint32(np.int32(np.rint(x)))
+
+
+@inlined
+def _floor(x):
+    return np.uint32(np.int32(np.floor(x)))
+
+
 @intrinsic
 def at(typing: Any, address: Any, kind: Any) -> Any:
     """The array of `kind` that starts at an address (int64); its length is never looked at."""
@@ -86,7 +96,7 @@ def at(typing: Any, address: Any, kind: Any) -> Any:
     return array(address, kind), codegen
 
 
-SCALARS = scalar.make(inlined, _mul, _add, bits, floats)
+SCALARS = scalar.make(inlined, _mul, _add, bits, floats, _rint, _floor)
 
 
 @cache
@@ -117,7 +127,7 @@ def specialise(
     copy = FunctionType(template.__code__, {**template.__globals__, **bound}, name)
     copy.__qualname__ = f"{template.__name__}_{name}"
     copy.__module__ = template.__module__
-    return decorator(copy)  # type: ignore[no-any-return]
+    return decorator(copy)
 
 
 def entry(function: Function) -> Function:
@@ -125,6 +135,6 @@ def entry(function: Function) -> Function:
     before = settings.CACHE_DIR
     settings.CACHE_DIR = str(cache_dir())
     try:
-        return _njit(cache=True, **OPTIONS)(function)  # type: ignore[no-any-return]
+        return _njit(cache=True, **OPTIONS)(function)
     finally:
         settings.CACHE_DIR = before
