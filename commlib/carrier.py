@@ -1,7 +1,7 @@
 """Carrier: how planned messages get through, and what happens when they do not.
 
-Calls are started in call order: on the calling thread if nothing else is under way, else by one
-worker thread.
+Calls are started in call order, by a `Runner`. On CPU that is the calling thread if nothing else is
+under way, else one worker thread; on CUDA the calling thread always, which queues them on a stream.
 
 After a failure (a rank died, or did not come within the timeout) the carrier is aborted: it asks
 the other ranks what they saw, and later calls raise and say so. Plans that ranks disagree about
@@ -12,25 +12,29 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
 from .agreement import Agreement, Disagreement, shorten
+from .capture import ONCE, Captures
 from .checked import Checked
 from .collectives import Steps
 from .collectives.base import span
 from .lane import MIN_BYTES as LANE_MIN_BYTES
 from .lane import Lane
 from .plans import Message, Plan
+from .runner import Runner, Task
 from .sampling import sample_errors
+from .streams import SideStream
 from .telemetry import Meter
 from .traffic import Transport
 from .work import Work
-from .worker import Task, Worker, attend
+from .worker import Worker
 
 
 class Carrier:
@@ -47,6 +51,7 @@ class Carrier:
         self.lost: list[str] = []
         self.aborted: RuntimeError | None = None
         self.checking = _flag("COMMLIB_CHECK")
+        self.captures = Captures()
         self._number = 0  # of the message
         self._agreement = Agreement(transport, timeout)
         self._lock = threading.RLock()
@@ -62,8 +67,16 @@ class Carrier:
             if carrier is not None:
                 carrier.look()
 
-        self._worker = Worker(timeout, fail, look)
-        weakref.finalize(self, self._worker.stop)
+        def aborted() -> bool:
+            carrier = me()
+            return carrier is None or carrier.aborted is not None
+
+        self._runner: Runner
+        if transport.device.type == "cuda":
+            self._runner = SideStream(transport.device, fail, aborted, meter.defer)
+        else:
+            self._runner = Worker(timeout, fail, look)
+        weakref.finalize(self, self._runner.stop)
 
     def agree(self, text: Mapping[str, Any]) -> None:
         """Return when all ranks have come with the same plan; RuntimeError names who did not."""
@@ -79,12 +92,24 @@ class Carrier:
 
     def flush(self) -> None:
         """Wait until nothing is under way."""
-        self._worker.flush()
+        self._runner.flush()
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """A block for the memory of messages: none is under way, later ones find it done."""
+        self.flush()
+        with self._lock, torch.no_grad(), self._runner.fork():
+            yield
+        self.flush()
+
+    def capturing(self) -> bool:
+        """Whether what is called now goes into a CUDA graph."""
+        return self._runner.capturing()
 
     def close(self) -> None:
         """Finish what is under way, then refuse everything."""
-        self._worker.flush()
-        self._worker.stop()
+        self._runner.flush()
+        self._runner.stop()
         self.aborted = self.aborted or RuntimeError("It is closed.")
 
     def _via(self, plan: Plan, message: Message) -> Transport:
@@ -108,20 +133,22 @@ class Carrier:
         if result.numel() == 0 and plan.op != "all_to_all of parts":
             return Work(result, 0)
         with self._lock, torch.no_grad():
-            self.refuse()
-            work = Work(result, len(plan.messages), self.give_up)
-            inline = self._worker.idle and not async_op
-            sampled = not plan.lossless and self.meter.due(plan.label)
-            for place, message in enumerate(plan.messages):  # before any is counted: it may fail
-                if sampled and not message.scheme.lossless:
-                    sample_errors(self.meter, message, x, self._number + 1 + place)
+            capturing = self._admit(plan)
+            work = self._runner.work(result, len(plan.messages), self.give_up)
+            inline = self._runner.idle and not async_op
+            sampled = not plan.lossless and not capturing and self.meter.due(plan.label)
+            if sampled:  # before any message is counted: it may fail
+                with self._runner.fork():
+                    self._sample(plan, x)
             for message in plan.messages:
                 self._number += 1
                 what = f"{plan.op} of key {plan.label!r} (message {self._number})"
                 via = self._via(plan, message)
                 metered = self._metered(steps(message, via), plan, message)
-                task = Task(metered, work, what, message.names, isinstance(via, Lane))
-                (self._worker.run if inline else self._worker.submit)(task)
+                task = Task(
+                    metered, work, what, message.names, isinstance(via, Lane), tensors=(result, x)
+                )
+                (self._runner.run if inline else self._runner.submit)(task)
         if not async_op:
             work.wait()
         return work
@@ -129,14 +156,14 @@ class Carrier:
     def native(self, plan: Plan, x: torch.Tensor, factor: float) -> Work | None:
         """The library's own all_reduce without detours, if nothing else is under way."""
         with self._lock:
-            if not self._worker.idle or self.checking or x.numel() == 0:
+            if not self._runner.idle or self.checking or x.numel() == 0:
                 return None
-            self.refuse()
+            self._admit(plan)
             self._number += 1
-            start, before = time.perf_counter(), self.transport.bytes_sent
+            start, before = self._runner.now(), self.transport.bytes_sent
             try:
                 with span("exchange"):
-                    attend(self.transport.all_reduce(x), self.timeout, self.look)
+                    self._runner.attend(self.transport.all_reduce(x))
             except Exception as error:
                 what = f"{plan.op} of key {plan.label!r} (message {self._number})"
                 raise self.fail(error, [], what) from error
@@ -144,13 +171,26 @@ class Carrier:
                 with torch.no_grad():
                     x.mul_(factor)
             sent = self.transport.bytes_sent - before
-            seconds = time.perf_counter() - start
-            self.meter.record(plan.op, plan.label, "fp32", x.nbytes, sent, seconds)
-        return Work(x, 0)
+            row = (plan.op, plan.label, "fp32", x.nbytes, sent)
+            self._runner.since(start, partial(self.meter.record, *row))
+            return self._runner.work(x, 0)
+
+    def _admit(self, plan: Plan) -> bool:
+        """Refuse what cannot be carried out now; whether it goes into a CUDA graph."""
+        self.refuse()
+        capturing = self.capturing()
+        self.captures.admit(plan, capturing=capturing, checked=self.checking)
+        return capturing
+
+    def _sample(self, plan: Plan, x: torch.Tensor) -> None:
+        for place, message in enumerate(plan.messages):
+            if not message.scheme.lossless:
+                step = self._number + 1 + place
+                sample_errors(self.meter, message, x, step, self._runner.read)
 
     def _metered(self, steps: Steps, plan: Plan, message: Message) -> Steps:
         """`steps`, recorded at their end with the bytes they sent."""
-        start, sent, answer = time.perf_counter(), 0, None
+        start, sent, answer = self._runner.now(), 0, None
         transport = self.transport
         while True:
             before = transport.bytes_sent
@@ -160,13 +200,16 @@ class Carrier:
                 break
             sent += transport.bytes_sent - before
             answer = yield step
-        seconds = time.perf_counter() - start
         raw_bytes = message.layout.numel * message.layout.dtype.itemsize
-        self.meter.record(plan.op, plan.label, message.name, raw_bytes, sent, seconds)
+        row = (plan.op, plan.label, message.name, raw_bytes, sent)
+        self._runner.since(start, partial(self.meter.record, *row))
 
-    def refuse(self) -> None:
+    def refuse(self, new: Plan | None = None) -> None:
+        """Raise where no calls are taken, or not this one, of which nothing is known yet."""
         if self.aborted is not None:
             raise RuntimeError(f"this communicator takes no more calls. {self.aborted}")
+        if new is not None and self.capturing():
+            raise RuntimeError(ONCE.format(what=f"{new.op} of key {new.label!r}"))
 
     def look(self) -> None:
         if self.aborted is not None:
@@ -175,7 +218,7 @@ class Carrier:
 
     def give_up(self, timeout: float) -> BaseException:
         """What Work.wait raises after its own timeout: the communicator is aborted."""
-        return self.fail(TimeoutError(f"not done after {timeout:g} s"), self._worker.tasks())
+        return self.fail(TimeoutError(f"not done after {timeout:g} s"), self._runner.tasks())
 
     def fail(self, error: BaseException, tasks: list[Task], what: str = "a call") -> BaseException:
         """Abort: ask the other ranks, remember what was lost; the error for everybody."""

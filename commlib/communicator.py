@@ -3,7 +3,8 @@
     comm = Communicator(group, "int8+ef")
     comm.all_reduce(x, "layer1.weight", factor="avg")
 
-Results go to the tensors given; every method returns a `Work`, done unless `async_op`. All ranks
+Results go to the tensors given; every method returns a `Work`, done unless `async_op`. On CUDA done
+means that the caller's stream will not go on before; the host does not wait (`streams`). All ranks
 make the same calls in the same order. How calls are planned, agreed on and carried out: `engine`.
 """
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from commlib_kernels import backend_for
 
-from .codecs.base import Codec
+from .codecs.base import Codec, Round
 from .feedback import Compressor, Feedback
 from .scheme import Scheme, TwoPhase
 
@@ -37,6 +37,13 @@ class Compressors:
             return None
         return self._made.get((codec, scheme.feedback)) or self._make(codec, scheme.feedback)
 
+    def warmup(self, scheme: Scheme) -> None:
+        """Compile what `scheme` needs, whichever rounding it gets where it leaves that open."""
+        back = scheme.algorithm.back if isinstance(scheme.algorithm, TwoPhase) else None
+        for codec in {scheme.codec, back or scheme.codec}:
+            for rounding in get_args(Round):
+                self._compile(codec.rounded(rounding))
+
     def state_dict(self) -> dict[str, Any]:
         """What each remembers, by `CODEC+FEEDBACK`."""
         return {
@@ -50,9 +57,9 @@ class Compressors:
         for text, saved in state.items():
             self.of(Scheme.parse(text)).load_state_dict(saved)
 
-    def reset(self) -> None:
+    def reset(self, *, in_place: bool = False) -> None:
         for compressor in self._made.values():
-            compressor.reset()
+            compressor.reset(in_place=in_place)
 
     def rescale(self, factor: float) -> None:
         for compressor in self._made.values():
@@ -62,10 +69,12 @@ class Compressors:
         return sum(compressor.nbytes() for compressor in self._made.values())
 
     def _make(self, codec: Codec, memory: Feedback) -> Compressor:
-        made = Compressor(codec, memory, seed=self._seed, rank=self._rank)
-        # Here, before ranks wait for each other: a first compilation takes seconds.
-        warmup = getattr(backend_for(self._device), "warmup", None)
-        if warmup is not None:
-            warmup(codec.format)
+        made = Compressor(codec, memory, self._seed, self._rank, self._device)
+        self._compile(codec)  # before ranks wait for each other: a first compilation takes seconds
         self._made[codec, memory] = made
         return made
+
+    def _compile(self, codec: Codec) -> None:
+        warmup = getattr(backend_for(self._device), "warmup", None)
+        if warmup is not None:
+            warmup(codec.format, self._device)

@@ -61,7 +61,10 @@ def set_policy(policy: str | Scheme | Policy | dict[str, Any], group: Group = No
 
 
 def communicator(group: Group = None) -> Communicator:
-    """What compresses the collectives of `group`: its `stats()`, `state_dict()`, `reset()`."""
+    """What compresses the collectives of `group`: its `stats()`, `state_dict()`, `reset()`.
+
+    Of a group that moves tensors of both devices: those on CUDA.
+    """
     return groups.communicator(groups.member(group))
 
 
@@ -245,7 +248,10 @@ class AsyncWork:
         self._future = future
 
     def wait(self, timeout: datetime.timedelta | float | None = None) -> bool:
-        """Block until the result is there; `timeout` in seconds, None or 0: the group's."""
+        """Block until the result is there; `timeout` in seconds, None or 0: the group's.
+
+        On CUDA the caller's stream waits, and the host only with a `timeout`.
+        """
         if isinstance(timeout, datetime.timedelta):
             timeout = timeout.total_seconds()
         self._work.wait(timeout or None)
@@ -253,7 +259,7 @@ class AsyncWork:
         return True
 
     def is_completed(self) -> bool:
-        return self._future.done()
+        return self._work.is_completed() and self._future.done()
 
     def result(self) -> list[torch.Tensor]:
         return self._future.wait()
@@ -291,12 +297,13 @@ def _route(
                 f"{verb}: a scheme takes dense tensors and SUM, AVG or PREMUL_SUM, got {op}; name "
                 "no scheme to have torch do it"
             )
-        return groups.communicator(group)
+        return groups.communicator(group, tensors[0].device)
     if not is_sum or not strided or any(x.dtype not in DTYPES for x in tensors):
         return None
+    route = groups.communicator(group, tensors[0].device)
     if key is None:
-        groups.tell_anonymous(group)
-    return groups.communicator(group)
+        groups.tell_anonymous(group, route.policy)
+    return route
 
 
 def _is_sum(op: Any) -> bool:

@@ -19,7 +19,7 @@ from .collectives import ALGORITHMS, Pool, Steps
 from .compressors import Compressors
 from .planner import measure
 from .planner import policy as measured_policy
-from .plans import Message, Plan, explicit, is_exact, single, why_raw
+from .plans import Message, Plan, explicit, is_exact, parse_scheme, single, why_raw
 from .policy import Policy, TensorInfo, raw
 from .scheme import Role, Scheme, TwoPhase
 from .telemetry import Meter
@@ -40,6 +40,8 @@ class Engine:
             on all ranks together; None: COMMLIB_POLICY, else "int8+ef".
         seed: of the random streams, the same on all ranks.
         timeout: seconds an exchange or an agreement may take; None: the group's own.
+        device: of the tensors: "cpu", "cuda" (the current one) or "cuda:1"; None: the current CUDA
+            device where the group has NCCL, else the CPU.
         meter: counts traffic; None makes one.
 
     Raises: ValueError for a bad policy or environment.
@@ -52,24 +54,26 @@ class Engine:
         *,
         seed: int = 0,
         timeout: float | None = None,
+        device: torch.device | str | None = None,
         meter: Meter | None = None,
     ) -> None:
         given = policy or os.environ.get("COMMLIB_POLICY") or DEFAULT_POLICY
         auto = isinstance(given, str) and given.strip() == "auto"
         self.policy = Policy.parse("fp32" if auto else given)
         self._auto = auto
-        self.transport = _transport(group, timeout)
+        self.transport = _transport(group, timeout, device)
         self.timeout = self.transport.timeout if timeout is None else timeout
         self.seed = seed
         self.meter = meter or Meter(rank=self.rank)
-        self._pool = Pool(self.transport.device)
+        self._carrier = Carrier(self.transport, self.timeout, self.meter)
+        self._pool = Pool(self.transport.device, self._carrier.capturing)
         self._compressors = Compressors(self.transport.device, seed, self.rank)
         self._plans: dict[Any, Plan] = {}
         self._steps: dict[str, int] = {}  # messages of a key, where the policy changes with them
-        self._carrier = Carrier(self.transport, self.timeout, self.meter)
         self._eras = any(rule.from_step for rule in self.policy.rules)
         if auto and self.size > 1:
-            self.policy = measured_policy(measure(self._measured_run, self.transport))
+            with self._carrier.still():
+                self.policy = measured_policy(measure(self._measured_run, self.transport))
             self.meter.reset()
 
     @property
@@ -96,19 +100,37 @@ class Engine:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`: what follows is bitwise what would have followed."""
-        self._carrier.flush()
-        self._compressors.load_state_dict(state["compressors"])
-        self._steps = dict(state["steps"])
+        if self._carrier.captures.any:
+            raise RuntimeError(
+                "a CUDA graph was captured with this communicator, and goes on with the residuals "
+                "it was captured with: call load_state_dict before capturing"
+            )
+        with self._carrier.still():
+            self._compressors.load_state_dict(state["compressors"])
+            self._steps = dict(state["steps"])
+            self._carrier.captures.forget()
 
     def reset(self) -> None:
         """Forget all residuals."""
-        self._carrier.flush()
-        self._compressors.reset()
+        with self._carrier.still():
+            captured = self._carrier.captures.any
+            self._compressors.reset(in_place=captured)
+            if not captured:
+                self._carrier.captures.forget()
 
     def rescale(self, factor: float) -> None:
         """Multiply all residuals by `factor`."""
-        self._carrier.flush()
-        self._compressors.rescale(factor)
+        with self._carrier.still():
+            self._compressors.rescale(factor)
+
+    def warmup(self, *schemes: str | Scheme) -> None:
+        """Compile the kernels of the policy's schemes, and of `schemes`, before they are needed.
+
+        Else each is compiled, or read from the cache, by the first call that uses it. Under "auto"
+        the policy's are ready anyway: they were measured.
+        """
+        for scheme in (*(rule.scheme for rule in self.policy.rules), *map(parse_scheme, schemes)):
+            self._compressors.warmup(scheme)
 
     def memory_bytes(self) -> int:
         """Bytes of residuals and other memory."""
@@ -162,7 +184,7 @@ class Engine:
 
     def _adopt(self, id_: Any, plan: Plan) -> None:
         """Agree on a new plan and keep it. ValueError where residuals would not fit it."""
-        self._carrier.refuse()
+        self._carrier.refuse(plan)
         for message in plan.messages:
             self._compressors.of(message.scheme).check(message.key, message.layout)
             self._compressors.back(message.scheme)
@@ -189,6 +211,11 @@ class Engine:
         """The policy's era for the next message of `keys`, which it counts."""
         if not self._eras:
             return 0
+        if self._carrier.capturing():
+            raise RuntimeError(
+                "the policy changes with the number of calls (from_step), which a CUDA graph does "
+                "not count; capture under a policy without"
+            )
         step = max(self._steps.get(key, 0) for key in keys)
         for key in keys:
             self._steps[key] = step + 1
@@ -236,8 +263,13 @@ class Engine:
         self._carrier.start(plan, x, flat, lambda m, t: self._reducing(m, t, flat, 1.0), False)
 
 
-def _transport(group: Any, timeout: float | None) -> Transport:
+def _transport(group: Any, timeout: float | None, device: torch.device | str | None) -> Transport:
     if group is None or not hasattr(group, "bytes_sent"):
-        return TorchTransport(group, timeout)
+        return TorchTransport(group, timeout, device)
     transport: Transport = group
+    if device is not None and torch.device(device) != transport.device:
+        raise ValueError(
+            f"device={str(device)!r}, but the transport moves {transport.device} tensors; give the "
+            "transport that device"
+        )
     return transport

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from commlib.codecs.base import Codec
+from commlib.counters import counters
 from commlib_kernels import Layout, Memory, Tag
 from commlib_kernels.layout import blocks
 
@@ -27,6 +28,7 @@ Key = str | tuple[str, ...] | None
 """Names of a message's segments; None: anonymous, which has no memory."""
 
 OWNER = "|reduced"
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -177,18 +179,20 @@ class Compressor:
         feedback: what is remembered.
         seed: of the run, the same on all ranks.
         rank: of this process, for private random numbers.
+        device: of the tensors.
     """
 
     codec: Codec
     feedback: Feedback = field(default_factory=Plain)
     seed: int = 0
     rank: int = 0
+    device: torch.device = CPU
 
     def __post_init__(self) -> None:
         self.feedback.check(self.codec)
         self._residuals: dict[str, _Arena] = {}  # views into the arenas, or loaded state
         self._arenas: dict[tuple[tuple[str, ...], tuple[int, ...]], _Arena] = {}
-        self._steps: dict[str, int] = {}
+        self._counters = counters(self.device, stochastic=self.codec.format.stochastic)
         self._memories: dict[tuple[str, str], torch.Tensor] = {}
         self._streams: dict[Key, tuple[int, ...]] = {}
 
@@ -217,10 +221,7 @@ class Compressor:
 
     def advance(self, key: Key) -> None:
         """Begin the next message of `key`: its next stream of random numbers."""
-        names = names_of(key) or ("",)
-        step = 1 + max(self._steps.get(name, 0) for name in names)
-        for name in names:
-            self._steps[name] = step
+        self._counters.advance(names_of(key) or ("",))
 
     def compress(
         self,
@@ -272,11 +273,22 @@ class Compressor:
 
     def nbytes(self) -> int:
         """Bytes of all memory."""
-        held = [t for arena in self._residuals.values() for t in arena if t is not None]
-        return sum(t.numel() * t.itemsize for t in (*held, *self._memories.values()))
+        return sum(t.numel() * t.itemsize for t in self._held())
 
-    def reset(self) -> None:
-        """Forget all residuals and named state; steps go on."""
+    def _held(self) -> list[torch.Tensor]:
+        held = [t for arena in self._residuals.values() for t in arena if t is not None]
+        return [*held, *self._memories.values()]
+
+    def reset(self, *, in_place: bool = False) -> None:
+        """Forget all residuals and named state; steps go on.
+
+        Args:
+            in_place: set them to zero where they are, for a CUDA graph that works on them.
+        """
+        if in_place:
+            for tensor in self._held():
+                tensor.zero_()
+            return
         self._residuals.clear()
         self._arenas.clear()
         self._memories.clear()
@@ -298,7 +310,7 @@ class Compressor:
         return {
             "residuals": residuals,
             "scales": scales,
-            "steps": dict(self._steps),
+            "steps": self._counters.state(),
             "memories": memories,
         }
 
@@ -323,7 +335,7 @@ class Compressor:
             )
             for name, residual in state["residuals"].items()
         }
-        self._steps = dict(state["steps"])
+        self._counters.load(state["steps"])
         self._memories = {}
         for label, tensor in state["memories"].items():
             key, _, name = label.rpartition("|")
@@ -333,9 +345,8 @@ class Compressor:
         names = names_of(key)
         if key not in self._streams:
             self._streams[key] = tuple(zlib.crc32(name.encode()) for name in names) or (0,)
-        return Tag(
-            self.seed, self._streams[key], self._steps.get(names[0] if names else "", 0), self.rank
-        )
+        step = self._counters.of(names or ("",))
+        return Tag(self.seed, self._streams[key], step, self.rank)
 
     def _memory(
         self,

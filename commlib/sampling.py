@@ -5,6 +5,9 @@ Codes the tensor once more, without its residual and without touching any state,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from commlib_kernels.tag import Tag
@@ -14,9 +17,16 @@ from .feedback import names_of
 from .plans import Message
 from .telemetry import Meter
 
+Read = Callable[[torch.Tensor, Callable[[list[Any]], None]], None]
 
-def sample_errors(meter: Meter, plan_message: Message, x: torch.Tensor, step: int) -> None:
-    """Record |Q(x) - x| / |x| of every compressed segment; a zero segment has none."""
+
+def sample_errors(
+    meter: Meter, plan_message: Message, x: torch.Tensor, step: int, read: Read
+) -> None:
+    """Record |Q(x) - x| / |x| of every compressed segment; a zero segment has none.
+
+    read(numbers, then): calls `then` with the numbers, once they are known.
+    """
     codec, scheme = plan_message.scheme.codec, str(plan_message.scheme)
     layout = message(plan_message.layout, codec, 1)
     wire = torch.empty(codec.nbytes(layout), dtype=torch.uint8, device=x.device)
@@ -24,13 +34,19 @@ def sample_errors(meter: Meter, plan_message: Message, x: torch.Tensor, step: in
     codec.encode(x, wire, layout, Tag(step=step))
     codec.decode(wire, coded, layout, Tag(step=step))
     names: tuple[str | None, ...] = names_of(plan_message.key) or (None,) * len(layout.sizes)
+    sampled, norms = [], []
     for segment, (name, start, size) in enumerate(
         zip(names, layout.starts, layout.sizes, strict=True)
     ):
-        if layout.is_exact(segment):
-            continue
-        part = x[start : start + size].float()
-        norm = part.norm().item()
-        if norm > 0:
-            error = (coded[start : start + size].float() - part).norm().item()
-            meter.record_error(name, scheme, error / norm)
+        if not layout.is_exact(segment):
+            part = x[start : start + size].float()
+            sampled.append(name)
+            norms += [(coded[start : start + size].float() - part).norm(), part.norm()]
+
+    def record(pairs: list[Any]) -> None:
+        for name, (error, norm) in zip(sampled, pairs, strict=True):
+            if norm > 0:
+                meter.record_error(name, scheme, error / norm)
+
+    if norms:
+        read(torch.stack(norms).view(-1, 2), record)

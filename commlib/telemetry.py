@@ -2,6 +2,11 @@
 
     ratio   = raw bytes / wire bytes         wire: what this rank sent, as its transport counted it
     rel_err = |Q(v) - v| / |v|               L2, sampled: one message in `sample_every` per key
+    seconds                                  from a message's first step to its last
+
+On CUDA seconds are the device's own, from where its stream reaches a message to where it leaves it,
+other ranks' delays included. Nobody waits for them: a message is counted once the device is done
+with it, as an error is. What a CUDA graph replays is not counted.
 
 Warnings go through the logger "commlib". An error is remarkable when it is far above what the same
 scheme does to Gaussian data: then a few outliers own the blocks of that tensor, and it is better
@@ -16,6 +21,8 @@ import logging
 import math
 import threading
 import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,6 +30,7 @@ from typing import Any, TextIO
 import torch
 from tabulate import tabulate
 
+from commlib_kernels import reference
 from commlib_kernels.layout import Layout
 from commlib_kernels.tag import Tag
 
@@ -38,14 +46,18 @@ REMARKABLE = 2.5
 
 @functools.lru_cache(maxsize=256)
 def typical_error(scheme: str) -> float:
-    """Relative L2 error that `scheme`'s codec makes on 4096 Gaussian numbers, by running it."""
+    """Relative L2 error that `scheme`'s codec makes on 4096 Gaussian numbers, by running it.
+
+    By the reference: it makes the same bytes, and has nothing to compile for a device that the
+    training does not use.
+    """
     codec = Scheme.parse(scheme).codec
     x = torch.randn(4096, generator=torch.Generator().manual_seed(0))
     layout = Layout(sizes=(x.numel(),))
     wire = torch.zeros(codec.nbytes(layout), dtype=torch.uint8)
     out = torch.empty_like(x)
-    codec.encode(x, wire, layout, Tag())
-    codec.decode(wire, out, layout, Tag())
+    reference.quantize(codec.format, x, wire, layout, Tag())
+    reference.dequantize(codec.format, wire, out, layout)
     return float((out - x).norm() / x.norm())
 
 
@@ -97,6 +109,25 @@ class Meter:
             self._seen: dict[str, int] = {}
             self._warned: set[tuple[str, str]] = set()
             self._plain: dict[str, list[str]] = {}
+            self._deferred: deque[tuple[Callable[[], bool], Callable[[], None]]] = deque()
+
+    def defer(self, done: Callable[[], bool], finish: Callable[[], None]) -> None:
+        """Call `finish`, which records something, after `done()` has become true.
+
+        It is asked whenever something is deferred or read here, the oldest first.
+        """
+        with self._lock:
+            self._deferred.append((done, finish))
+        self.settle()
+
+    def settle(self) -> None:
+        """Record what was deferred and is known by now."""
+        while True:
+            with self._lock:
+                if not self._deferred or not self._deferred[0][0]():
+                    return
+                _, finish = self._deferred.popleft()
+            finish()
 
     def record(
         self,
@@ -167,6 +198,7 @@ class Meter:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per (op, key, scheme), in order of first use; `rel_err` is the last sample."""
+        self.settle()
         with self._lock:
             return [
                 {
@@ -185,6 +217,7 @@ class Meter:
 
     def errors(self) -> dict[tuple[str, str], float]:
         """Last sampled relative error per (key, scheme)."""
+        self.settle()
         with self._lock:
             return dict(self._errors)
 
@@ -229,6 +262,7 @@ class Meter:
 
     def close(self) -> None:
         """Close the JSONL file; the counts stay, a later call reopens the file."""
+        self.settle()
         with self._lock:
             if self._file is not None:
                 self._file.close()

@@ -188,9 +188,10 @@ def check_tensor(verb: str, x: torch.Tensor, device: torch.device) -> None:
         raise ValueError(
             f"{verb}: the tensor of shape {tuple(x.shape)} is not contiguous; pass x.contiguous()"
         )
-    if x.device.type != device.type:
+    if x.device.type != device.type or (device.index is not None and x.device != device):
         raise ValueError(
-            f"{verb}: the tensor is on {x.device}, this group moves {device.type} tensors"
+            f"{verb}: the tensor is on {x.device}, this group moves {device} tensors; make a "
+            f"communicator with device={str(x.device)!r}"
         )
 
 

@@ -52,6 +52,7 @@ FIRST_TAG = 0x636F6D
 c10d: Any = distributed_c10d  # its option classes are missing from the stubs
 # Store polls, seconds. A blocking wait would hold the store's lock against the other threads.
 POLL_FIRST, POLL_LAST = 2e-4, 2e-2
+GLOO = "gloo"
 TIMED_OUT = re.compile("timed? ?out", re.IGNORECASE)  # in what gloo says of a timeout
 
 
@@ -108,7 +109,8 @@ class _Exchange:
 class TorchTransport:
     """The ranks of a c10d process group (None: the default group).
 
-    timeout: seconds an exchange may take; None takes the group's own.
+    timeout: seconds an exchange may take; None takes the group's own. device: of the tensors; see
+    `group_device`.
     """
 
     _turns: ClassVar[weakref.WeakKeyDictionary[dist.ProcessGroup, int]] = (
@@ -116,7 +118,10 @@ class TorchTransport:
     )
 
     def __init__(
-        self, group: dist.ProcessGroup | None = None, timeout: float | None = None
+        self,
+        group: dist.ProcessGroup | None = None,
+        timeout: float | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         if not dist.is_initialized():
             raise RuntimeError(
@@ -132,12 +137,10 @@ class TorchTransport:
         self.rank = group.rank()
         self.size = group.size()
         self.ranks = tuple(dist.get_process_group_ranks(group))
-        backend = dist.get_backend(group)
-        on_cpu = "cpu" in str(backend) or backend in ("gloo", "mpi")
-        self.device = torch.device("cpu" if on_cpu else "cuda")
+        self.device = group_device(group, device)
         self.timeout = _group_timeout(group, self.device) if timeout is None else timeout
         self.bytes_sent = 0
-        self.tagged = self._gloo = on_cpu and "gloo" in str(backend)
+        self.tagged = self._gloo = backends(group)[self.device.type] == GLOO
         self._chain = not self._gloo
         self._store = c10d._get_process_group_store(group)
         self._unanswered: threading.Thread | None = None
@@ -171,7 +174,7 @@ class TorchTransport:
         options = self._options(c10d.AllToAllOptions())
         call = getattr(self.group, self._all_to_all)
         work = call(out, inp, list(out_splits or ()), list(in_splits or ()), options)
-        return _Exchange(work, (out, inp))
+        return self._exchange(work, (out, inp))
 
     def all_gather(self, out: torch.Tensor, inp: torch.Tensor) -> Pending:
         self._check("all_gather", out, inp)
@@ -181,14 +184,14 @@ class TorchTransport:
             copies = inp.view(1, -1).expand(self.size, -1).contiguous().view(-1)
             options = self._options(c10d.AllToAllOptions())
             work = getattr(self.group, self._all_to_all)(out, copies, [], [], options)
-            return _Exchange(work, (out, copies))
+            return self._exchange(work, (out, copies))
         options = self._options(c10d.AllgatherOptions())
-        return _Exchange(getattr(self.group, self._all_gather)(out, inp, options), (out, inp))
+        return self._exchange(getattr(self.group, self._all_gather)(out, inp, options), (out, inp))
 
     def all_reduce(self, x: torch.Tensor) -> Pending:
         self._check("all_reduce", x)
         self.bytes_sent += all_reduce_bytes(x.nbytes, self.size)
-        return _Exchange(self.group.allreduce([x], self._sum), x)
+        return self._exchange(self.group.allreduce([x], self._sum), x)
 
     def broadcast(self, x: torch.Tensor, src: int) -> Pending:
         self._check("broadcast", x)
@@ -197,23 +200,25 @@ class TorchTransport:
         options = self._options(c10d.BroadcastOptions())
         options.rootRank = src
         options.rootTensor = 0
-        return _Exchange(self.group.broadcast([x], options), x)
+        return self._exchange(self.group.broadcast([x], options), x)
 
     def send(self, x: torch.Tensor, dst: int, tag: int = 0) -> Pending:
         self._check("send", x)
         check_rank("send", dst, self.size)
         self.bytes_sent += x.nbytes
-        return _Exchange(self.group.send([x], dst, FIRST_TAG + tag), x, tellable=not self._gloo)
+        work = self.group.send([x], dst, FIRST_TAG + tag)
+        return self._exchange(work, x, tellable=not self._gloo)
 
     def recv(self, x: torch.Tensor, src: int, tag: int = 0) -> Pending:
         self._check("recv", x)
         check_rank("recv", src, self.size)
-        return _Exchange(self.group.recv([x], src, FIRST_TAG + tag), x, tellable=not self._gloo)
+        work = self.group.recv([x], src, FIRST_TAG + tag)
+        return self._exchange(work, x, tellable=not self._gloo)
 
     def barrier(self) -> None:
         options = self._options(c10d.BarrierOptions())
         if self.device.type == "cuda":
-            options.device = torch.device("cuda", torch.cuda.current_device())
+            options.device = self.device
         self.group.barrier(options).wait()
 
     def turn(self) -> int:
@@ -277,7 +282,12 @@ class TorchTransport:
             backend=dist.get_backend(self.group),
             use_local_synchronization=True,
         )
-        return TorchTransport(group, self.timeout)
+        return TorchTransport(group, self.timeout, self.device)
+
+    def _exchange(self, work: Any, tensors: object, *, tellable: bool = True) -> Pending:
+        # NCCL holds on to its tensors by itself; a CUDA graph must not have them held by us
+        tensors = None if self.device.type == "cuda" else tensors
+        return _Exchange(work, tensors, tellable=tellable)
 
     def _check(self, verb: str, *tensors: torch.Tensor) -> None:
         for x in tensors:
@@ -288,6 +298,40 @@ class TorchTransport:
         if self._gloo:
             options.timeout = datetime.timedelta(seconds=self.timeout)
         return options
+
+
+def backends(group: dist.ProcessGroup) -> dict[str, str]:
+    """The backend that serves each type of device: {"cpu": "gloo", "cuda": "nccl"}."""
+    pairs = (pair.partition(":") for pair in dist.get_backend_config(group).split(","))
+    return {device: backend for device, _, backend in pairs}
+
+
+def group_device(
+    group: dist.ProcessGroup, wanted: torch.device | str | None = None
+) -> torch.device:
+    """The device whose tensors `group` moves for commlib: `wanted`, where the group serves it.
+
+    By default the current CUDA device where the group moves CUDA tensors by a backend of their own
+    (NCCL), else the CPU. A CUDA device without a number is the current one.
+
+    Raises: ValueError: the group does not serve `wanted`.
+    """
+    served = backends(group)
+    on_host = served.get("cuda", GLOO) in (GLOO, "mpi")  # those two also say that they serve CUDA
+    if wanted is None:
+        wanted = "cpu" if on_host or ("cpu" in served and not torch.cuda.is_available()) else "cuda"
+    device = torch.device(wanted)
+    if device.type not in served or (device.type == "cuda" and on_host):
+        text = ",".join(f"{kind}:{backend}" for kind, backend in served.items())
+        raise ValueError(
+            f"this group ({text}) does not move {device.type} tensors for commlib; make it with "
+            'init_process_group or new_group and backend="cpu:gloo,cuda:nccl", or "nccl" for CUDA '
+            'tensors alone, "gloo" for CPU tensors'
+        )
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.device("cuda", index)
+    return torch.device(device.type)
 
 
 def _group_timeout(group: dist.ProcessGroup, device: torch.device) -> float:

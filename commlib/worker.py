@@ -14,15 +14,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from concurrent.futures import wait
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
-from .collectives.base import Step, Steps, drive, span
+from .collectives.base import Step, drive, span
+from .runner import Fail, Task
 from .traffic import Pending, Timeout
 from .waiters import PATIENCE, Waiters
-from .work import Work
+from .work import GiveUp, Work
 
 # Messages that may be started at a time. Each holds the buffers of its wire.
 DEPTH = 8
@@ -30,42 +32,14 @@ DEPTH = 8
 LOOK = 1.0
 
 
-@dataclass
-class Task:
-    """A message to carry out.
-
-    names: states that it reads and writes; a message that shares one must wait for its end.
-    lane: whether its exchanges may overtake those of others.
-    """
-
-    steps: Steps
-    work: Work
-    what: str
-    names: frozenset[str] = frozenset()
-    lane: bool = False
-    step: Step | Pending | None = None  # what it asked for last
-    issued: bool = False
-    waiting: Future[None] | None = None  # for what it asked for, once watched
-
-    def advance(self, answer: bool | None) -> bool:
-        """Run to the next request; False at the end."""
-        try:
-            self.step = self.steps.send(answer)  # type: ignore[arg-type]  # None starts it
-        except StopIteration:
-            return False
-        return True
-
-
 Look = Callable[[], None]
-Fail = Callable[[BaseException, list[Task]], BaseException]
 
 
 class Worker:
     """One thread that starts tasks in the order they came.
 
-    fail(error, tasks): called once, with the tasks in flight, the one that failed first; returns
-    the error that they and all later ones get. look(): called now and then while an exchange takes
-    long; may raise.
+    fail: called once; what it returns all later tasks get too. look(): called now and then while an
+    exchange takes long; may raise.
     """
 
     def __init__(self, timeout: float, fail: Fail, look: Look) -> None:
@@ -85,6 +59,27 @@ class Worker:
         with self._changed:  # a task on its way from one to the other is in neither
             return not self._queue and not self._active
 
+    def capturing(self) -> bool:
+        """Never: CUDA graphs are of CUDA devices."""
+        return False
+
+    def work(self, result: Any, parts: int, give_up: GiveUp | None = None) -> Work:
+        """A Work that blocks in `wait` until the tasks are done."""
+        return Work(result, parts, give_up)
+
+    def fork(self) -> AbstractContextManager[None]:
+        """Nothing to do: what the caller does while no task is under way is done at once."""
+        return nullcontext()
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def since(self, start: float, record: Callable[[float], None]) -> None:
+        record(time.perf_counter() - start)
+
+    def read(self, numbers: torch.Tensor, then: Callable[[list[Any]], None]) -> None:
+        then(numbers.tolist())
+
     def submit(self, task: Task) -> None:
         """Queue a task; its Work completes, well or not."""
         with self._changed:
@@ -101,7 +96,7 @@ class Worker:
         """Carry a task out on the calling thread; only while idle."""
         task.step = Step.READY  # it has started
         try:
-            drive(task.steps, self._watch if task.lane else self._attend)
+            drive(task.steps, self._watch if task.lane else self.attend)
         except BaseException as error:
             self._broken = self._fail(error, [task])
             task.work._finish(self._broken)
@@ -110,7 +105,8 @@ class Worker:
             raise self._broken from error
         task.work._finish()
 
-    def _attend(self, pending: Pending) -> None:
+    def attend(self, pending: Pending) -> None:
+        """Block until an exchange is done."""
         attend(pending, self._timeout, self._look)
 
     def _watch(self, pending: Pending) -> None:

@@ -3,9 +3,10 @@
     def test_it(pool: Pool) -> None:
         results = pool.run(function, argument, ranks=3)
 
-`function(argument)` runs in each of 3 processes, with a gloo default group of those 3 made for this
-run and destroyed after it. It must be importable (a module's function), arguments and result must
-pickle. The store of the group lives in the test's own process, so that any rank may die.
+`function(argument)` runs in each of 3 processes, with a default group of those 3 made for this run
+and destroyed after it: of gloo, or of what the pool's `setup` says. It must be importable (a
+module's function), arguments and result must pickle. The store of the group lives in the test's own
+process, so that any rank may die.
 """
 
 from __future__ import annotations
@@ -33,11 +34,21 @@ class RankError(RuntimeError):
     """A rank raised; the text has its traceback."""
 
 
-class Pool:
-    """Worker processes that run one function at a time; restarted after a failure."""
+def gloo(rank: int) -> str:
+    """The setup of ranks without a device."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    return "gloo"
 
-    def __init__(self, ranks: int = 4) -> None:
+
+class Pool:
+    """Worker processes that run one function at a time; restarted after a failure.
+
+    setup: `setup(rank)` runs in each of them before its group is made; returns the backend.
+    """
+
+    def __init__(self, ranks: int = 4, setup: Callable[[int], str] = gloo) -> None:
         self.ranks = ranks
+        self._setup = setup
         self._workers: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
         self._store: dist.TCPStore | None = None
         self._runs = 0
@@ -83,7 +94,7 @@ class Pool:
         self._start()
         self._runs += 1
         for rank in range(ranks):
-            task = (function, args, rank, ranks, self._runs, group_timeout, timeout)
+            task = (self._setup, function, args, rank, ranks, self._runs, group_timeout, timeout)
             self._workers[rank][1].send(task)
         answers, ended = self._collect(ranks, timeout)
         missing = [rank for rank in range(ranks) if rank not in answers]
@@ -166,6 +177,7 @@ def _work(pipe: Connection, port: int) -> None:
 
 def _run(
     store: dist.Store,
+    setup: Callable[[int], str],
     function: Callable[..., Any],
     args: tuple[Any, ...],
     rank: int,
@@ -177,10 +189,9 @@ def _run(
     # a rank that hangs shows where, on stderr, before it is killed
     faulthandler.dump_traceback_later(max(0.1, timeout - 1.0), exit=False)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:
         dist.init_process_group(
-            "gloo",
+            setup(rank),
             store=dist.PrefixStore(f"run{number}", store),
             rank=rank,
             world_size=ranks,

@@ -393,3 +393,23 @@ def test_roles_reach_the_policy() -> None:
     for compressed, plain in on_ranks(2, policy, body):
         assert plain == 16_000
         assert compressed < 4500
+
+
+def test_a_ring_without_tags_exchanges_in_one_call() -> None:
+    """As NCCL has to: a receive and a send one after the other wait for each other."""
+
+    def rank(t: ThreadTransport, tagged: bool) -> torch.Tensor:
+        t.tagged = tagged
+        c = Communicator(t, only("int4+ef@ring"))
+        for step in range(3):
+            x = data(t.rank, 3000, step)
+            c.all_reduce(x, "w")
+        if not tagged:
+            assert not any("send" in str(name) for name in t._count)
+        sent.append(t.bytes_sent)
+        return x
+
+    sent: list[int] = []
+    with_tags, without = (run_ranks(3, lambda t, g=g: rank(t, g)) for g in (True, False))
+    assert all(torch.equal(x, y) for x, y in zip(with_tags, without, strict=True))
+    assert len(set(sent)) == 1

@@ -49,10 +49,15 @@ def all_reduce(
     full = pool.take(stride * size)
     wire, arrived = pool.take(stride), pool.take(stride)
 
-    def hop(send: torch.Tensor, into: torch.Tensor) -> tuple[Pending, Pending]:
+    before, after = (rank - 1) % size, (rank + 1) % size
+
+    def hop(send: torch.Tensor, into: torch.Tensor) -> tuple[Pending, ...]:
         with span("exchange"):
-            receiving = transport.recv(into, (rank - 1) % size)
-            return receiving, transport.send(send, (rank + 1) % size)
+            if transport.tagged:
+                return transport.recv(into, before), transport.send(send, after)
+            # NCCL runs them one after the other: two ranks that both receive first wait for ever
+            from_, to = ([stride * (r == peer) for r in range(size)] for peer in (before, after))
+            return (transport.all_to_all(into, send, out_splits=from_, in_splits=to),)
 
     while not (yield Step.PARKED):
         pass

@@ -1,29 +1,34 @@
 """A process group of commlib's own beside a user's group: same ranks, other connections.
 
-A communicator issues from its own thread while the user's thread goes on with collectives of its
-own: DDP's broadcast of buffers, its map of unused parameters, `join`, SyncBatchNorm, a barrier. On
-one group the two threads would meet in another order on another rank, and c10d matches collectives
-by their order alone.
+On CPU a communicator issues from its own thread while the user's thread goes on with collectives of
+its own: DDP's broadcast of buffers, its map of unused parameters, `join`, SyncBatchNorm, a barrier.
+On one group the two threads would meet in another order on another rank, and c10d matches
+collectives by their order alone.
+
+On CUDA it issues from the calling thread, like the user: there it takes the user's group itself,
+and NCCL needs no second set of buffers on the device.
 """
 
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from commlib.communicator import Communicator
 from commlib.policy import Policy
-from commlib.transport import TorchTransport
+from commlib.transport import TorchTransport, backends, group_device
 
 c10d: Any = distributed_c10d  # its helpers are missing from the stubs
 _opened: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+_channels: WeakSet[dist.ProcessGroup] = WeakSet()
 
 
 def channel(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
-    """A new group over the ranks of `group`; all of them call this, in the same order.
+    """A new group for CPU tensors over the ranks of `group`; all call this, in the same order.
 
     Not by `new_group`: that is called by the whole world, or (use_local_synchronization) names the
     group by how many groups a rank has seen, which ranks may disagree on; then it hangs.
@@ -41,7 +46,7 @@ def channel(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
         group.size(),
         group.rank(),
         ranks,
-        dist.Backend(dist.get_backend(group)),
+        dist.Backend(_backend(group)),
         c10d._get_process_group_store(group),
         name,
         timeout=_timeout(group),
@@ -49,6 +54,7 @@ def channel(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
     )
     c10d._world.pg_group_ranks[opened] = {rank: place for place, rank in enumerate(ranks)}
     result: dist.ProcessGroup = opened
+    _channels.add(result)
     return result
 
 
@@ -58,8 +64,17 @@ def communicator(
     *,
     seed: int = 0,
     timeout: float | None = None,
+    device: torch.device | None = None,
 ) -> Communicator:
-    """A communicator over the ranks of `group`, on a channel of its own."""
+    """A communicator over the ranks of `group`, on CPU on a channel of its own.
+
+    device: of the tensors; None as in `Communicator`.
+    """
+    group = group or dist.group.WORLD
+    if isinstance(group, dist.ProcessGroup):  # else `channel` says what is wrong
+        device = group_device(group, device)
+        if device.type == "cuda":
+            return Communicator(group, policy, seed=seed, timeout=timeout, device=device)
     opened = channel(group)
     try:
         return Communicator(opened, policy, seed=seed, timeout=timeout)
@@ -69,20 +84,26 @@ def communicator(
 
 
 def retire(communicator: Communicator) -> None:
-    """Stop a communicator made here, and its channel."""
+    """Stop a communicator made here, and the channel it has."""
     communicator._carrier.flush()  # what is under way may fail yet
     aborted = communicator._carrier.aborted is not None
     communicator.close()
     transport = communicator.transport
     assert isinstance(transport, TorchTransport)
     # aborted: an exchange may still be pending, and gloo would wait for it
-    if not aborted and not transport.destroyed:
+    if not aborted and not transport.destroyed and transport.group in _channels:
         _close(transport.group)
 
 
 def _close(group: dist.ProcessGroup) -> None:
     if group in c10d._world.pg_map:  # torch.distributed may have destroyed all groups
         dist.destroy_process_group(group)
+
+
+def _backend(group: dist.ProcessGroup) -> str:
+    """The backend string of a channel: CPU's alone where the group has one for each device."""
+    served = backends(group)
+    return dist.get_backend(group) if len({*served.values()}) == 1 else f"cpu:{served['cpu']}"
 
 
 def _timeout(group: dist.ProcessGroup) -> Any:

@@ -21,7 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commlib.communicator import Communicator
 from commlib.integrations import channel
-from commlib.integrations.ddp_refusals import PYTHON_REDUCER, SPARSE, as_ddp, check
+from commlib.integrations.ddp_refusals import (
+    PYTHON_REDUCER,
+    SPARSE,
+    as_ddp,
+    check,
+    device_of,
+)
 from commlib.policy import Policy, Scheme
 
 log = logging.getLogger("commlib")
@@ -129,7 +135,8 @@ class DDPState:
     Args:
         policy: as in `wrap`.
         process_group: the group of the DDP model; None: the default group.
-        find_unused_parameters: as given to DDP (`wrap` reads it there).
+        find_unused_parameters: as given to DDP (`wrap` reads it there). On CUDA the host then waits
+            for the device once per bucket, to learn which gradients are zero.
     """
 
     def __init__(
@@ -145,6 +152,7 @@ class DDPState:
         self.seed = seed
         self.timeout = timeout
         self._group = process_group
+        self._device: torch.device | None = None  # of the model
         self._find_unused = find_unused_parameters
         self._names: dict[torch.Tensor, str] = {}
         self._communicator: Communicator | None = None
@@ -156,7 +164,11 @@ class DDPState:
         """The communicator of the model's group; the first access makes it, on all ranks alike."""
         if self._communicator is None:
             self._communicator = channel.communicator(
-                self._group, self.policy, seed=self.seed, timeout=self.timeout
+                self._group,
+                self.policy,
+                seed=self.seed,
+                timeout=self.timeout,
+                device=self._device,
             )
             if self._saved is not None:
                 saved, self._saved = self._saved, None
@@ -216,6 +228,7 @@ class DDPState:
         buffer, parameters = bucket.buffer(), bucket.parameters()
         if buffer.is_sparse:
             raise RuntimeError(SPARSE)
+        self._device = self._device or buffer.device
         communicator = self.communicator
         work = communicator.all_reduce_segments(
             buffer,
@@ -240,10 +253,11 @@ class DDPState:
         self._names = {p: n.replace(COMPILED, "") for n, p in ddp.module.named_parameters()}
         # With a static graph DDP knows the unused ones after one step, and they never change.
         self._find_unused = bool(ddp.find_unused_parameters and not ddp.static_graph)
-        if self._group is not ddp.process_group:
+        device = device_of(ddp)
+        if self._group is not ddp.process_group or self._device != device:
             self.close()
-            self._group = ddp.process_group
-        _ = self.communicator  # so that what fails, fails here and not in the first backward
+            self._group, self._device = ddp.process_group, device
+        self.communicator.warmup()  # what fails or takes long does so here, not in backward
 
     def _reconfigure(
         self, policy: PolicyLike | None, seed: int | None, timeout: float | None

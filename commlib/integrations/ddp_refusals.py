@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,6 +24,20 @@ def as_ddp(model: nn.Module) -> DistributedDataParallel:
             "FSDP2 modules and pipeline stages are not supported yet"
         )
     return inner
+
+
+def device_of(ddp: DistributedDataParallel) -> torch.device:
+    """The device of the gradients; ValueError where there is more than one."""
+    parameters = ddp.module.named_parameters()
+    found: set[torch.device] = {
+        p.device for n, p in parameters if p.requires_grad and n not in ddp.parameters_to_ignore
+    }
+    if len(found) > 1:
+        raise ValueError(
+            f"the model's parameters lie on {', '.join(sorted(map(str, found)))}, and commlib "
+            "serves one device per DDP model; give each rank one device"
+        )
+    return found.pop()
 
 
 def check(ddp: DistributedDataParallel, hook: Callable[..., object]) -> None:

@@ -1,4 +1,4 @@
-"""The communicators of a program's process groups, one per group.
+"""The communicators of a program's process groups, one per group and device.
 
 A group has a policy (`set_policy`; else COMMLIB_POLICY, else "auto"). Communicators are made at the
 first collective and stopped when their group is destroyed.
@@ -13,19 +13,21 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from commlib.communicator import Communicator
 from commlib.feedback import Plain
 from commlib.integrations import channel
 from commlib.policy import Policy, Scheme
+from commlib.transport import group_device
 
 log = logging.getLogger("commlib")
 
 Source = str | Scheme | Policy | dict[str, Any]
 
 _lock = threading.Lock()
-_communicators: dict[dist.ProcessGroup, Communicator] = {}
+_communicators: dict[tuple[dist.ProcessGroup, torch.device], Communicator] = {}
 _policies: weakref.WeakKeyDictionary[dist.ProcessGroup, Policy | str] = weakref.WeakKeyDictionary()
 _told: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 
@@ -49,15 +51,20 @@ def set_policy(group: dist.ProcessGroup, policy: Source) -> None:
     _told.discard(group)
 
 
-def communicator(group: dist.ProcessGroup) -> Communicator:
-    """The communicator of a group under its policy, made on first use."""
-    if group not in _communicators:
+def communicator(group: dist.ProcessGroup, device: torch.device | None = None) -> Communicator:
+    """The communicator of a group under its policy, made on first use.
+
+    device: of the tensors; None as in `Communicator`.
+    """
+    device = device or group_device(group)
+    mine = (group, device)
+    if mine not in _communicators:
         _stop(_destroyed)
     with _lock:
-        if group not in _communicators:
+        if mine not in _communicators:
             policy = _policies.get(group) or os.environ.get("COMMLIB_POLICY") or "auto"
-            _communicators[group] = channel.communicator(group, policy)
-        return _communicators[group]
+            _communicators[mine] = channel.communicator(group, policy, device=device)
+        return _communicators[mine]
 
 
 def stop(group: dist.ProcessGroup | None) -> None:
@@ -65,10 +72,9 @@ def stop(group: dist.ProcessGroup | None) -> None:
     _stop(lambda other: group in (None, other, dist.group.WORLD))
 
 
-def tell_anonymous(group: dist.ProcessGroup) -> None:
+def tell_anonymous(group: dist.ProcessGroup, policy: Policy) -> None:
     """Say once per group that its policy asks for a memory that tensors without a key lack."""
-    policy = communicator(group).policy
-    if group in _told or not isinstance(policy, Policy):
+    if group in _told:
         return
     _told.add(group)
     schemes = [str(r.scheme) for r in policy.rules if r.scheme.feedback != Plain()]
@@ -82,8 +88,8 @@ def tell_anonymous(group: dist.ProcessGroup) -> None:
 
 def _stop(which: Callable[[dist.ProcessGroup], bool]) -> None:
     with _lock:
-        for group in [group for group in _communicators if which(group)]:
-            channel.retire(_communicators.pop(group))
+        for group, device in [mine for mine in _communicators if which(mine[0])]:
+            channel.retire(_communicators.pop((group, device)))
 
 
 def _destroyed(group: dist.ProcessGroup) -> bool:
