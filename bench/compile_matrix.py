@@ -121,7 +121,7 @@ def compiled(backend: str, part: str, archs: tuple[int, ...]) -> list[Report]:
         if backend == CUPY:
             from commlib_kernels.cupy_cuda import build
 
-            built = build.compile(part, arch)
+            built = build.compile(part, arch, build.REPORT)
             found += reports(backend, "", arch, built.ptx, built.log)
         else:
             from commlib_kernels.numba_cuda.build import FORMATS, of_format

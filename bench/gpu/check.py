@@ -7,31 +7,51 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from bench.gpu.record import Record
 
 ROOT = Path(__file__).parent.parent.parent
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "gpu"]
+# Without the project's configuration: it names plugins that this machine may lack.
+PYTEST = [
+    *(sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "-p", "no:cacheprovider"),
+    *("-c", os.devnull, "--rootdir", ".", "--import-mode", "importlib"),
+]
 SANITIZE = [sys.executable, "-m", "bench.gpu.sanitized", "cupy_cuda"]
+SHARDS = 8
+"""Processes that share the backends' tests: Numba compiles every kernel of every format anew."""
 TAIL = 4000
 """Characters of the output that the record keeps."""
 
 
-def parts() -> dict[str, tuple[list[str], int]]:
-    """Name -> (command, seconds it may take)."""
+class Part(NamedTuple):
+    """Commands that run side by side, and the seconds they may take."""
+
+    commands: list[list[str]]
+    limit: int
+    environments: list[dict[str, str]]
+
+
+def parts() -> dict[str, Part]:
+    """Everything that is checked; the limits add up to less than nine minutes."""
     sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
     options = ["--error-exitcode", "9", "--target-processes", "all"]
+    backends = [*PYTEST, "tests/gpu/test_backends.py"]
+    others = [*PYTEST, "tests/gpu", "--ignore", "tests/gpu/test_backends.py"]
+    shards = [{"COMMLIB_SHARD": f"{k}/{SHARDS}"} for k in range(SHARDS)]
     return {
-        "backends": ([*PYTEST, "tests/gpu/test_backends.py"], 150),
-        "tests": ([*PYTEST, "tests/gpu", "--ignore=tests/gpu/test_backends.py"], 240),
-        "memcheck": ([sanitizer, "--tool", "memcheck", *options, *SANITIZE], 90),
-        "racecheck": ([sanitizer, "--tool", "racecheck", *options, *SANITIZE], 90),
+        "backends": Part([backends] * SHARDS, 140, shards),
+        "tests": Part([others], 200, [{}]),
+        "memcheck": Part([[sanitizer, "--tool", "memcheck", *options, *SANITIZE]], 90, [{}]),
+        "racecheck": Part([[sanitizer, "--tool", "racecheck", *options, *SANITIZE]], 90, [{}]),
     }
 
 
@@ -47,33 +67,49 @@ def main() -> None:
     env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     record, shown = Record("check"), []
     for name in names:
-        command, limit = known[name]
-        print(f"== {name}: {' '.join(command)}", flush=True)
+        print(f"== {name}: {' '.join(known[name].commands[0])}", flush=True)
         start = time.perf_counter()
-        verdict, output = _run(command, limit, env)
+        verdict, output = _run(known[name], env)
         seconds = time.perf_counter() - start
-        print(output[-TAIL:], flush=True)
-        record.add(check=name, verdict=verdict, seconds=seconds, output=output[-TAIL:])
+        print(output, flush=True)
+        record.add(check=name, verdict=verdict, seconds=seconds, output=output)
         shown.append([name, verdict, seconds])
     record.table("Checks", ["check", "verdict", "seconds"], shown)
     print(f"rows in {record.path}")
     sys.exit(any(verdict != "holds" for _, verdict, _ in shown))
 
 
-def _run(command: list[str], limit: int, env: dict[str, str]) -> tuple[str, str]:
-    """("holds", or what went wrong; what it printed)."""
+def _run(part: Part, env: dict[str, str]) -> tuple[str, str]:
+    """("holds", or what went wrong; the end of what was printed)."""
+    end = time.monotonic() + part.limit
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=env, text=True, timeout=limit,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        running = [
+            subprocess.Popen(
+                command, cwd=ROOT, env={**env, **extra}, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            )
+            for command, extra in zip(part.commands, part.environments, strict=True)
+        ]  # fmt: skip
     except FileNotFoundError as error:
         return f"not run: {error}", ""
-    except subprocess.TimeoutExpired as error:
-        output = error.stdout or b""
-        text = output.decode(errors="replace") if isinstance(output, bytes) else output
-        return f"FAILED: not done after {limit} s", text
-    return "holds" if done.returncode == 0 else f"FAILED: exit {done.returncode}", done.stdout
+    # One thread each: a pipe that nobody reads would stop its process.
+    with ThreadPoolExecutor(len(running)) as pool:
+        found = list(pool.map(lambda process: _ended(process, end), running))
+    wrong = [verdict for verdict, _ in found if verdict]
+    output = "\n".join(text[-TAIL // len(found) :] for _, text in found)
+    return wrong[0] if wrong else "holds", output
+
+
+def _ended(process: subprocess.Popen[str], end: float) -> tuple[str, str]:
+    """("", or what went wrong; what the process printed); past its time it is killed."""
+    try:
+        output, _ = process.communicate(timeout=max(0.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # a group of its own: its ranks go with it
+        output, _ = process.communicate()
+        return "FAILED: not done in its time", output
+    # 5: a shard without a test of its own
+    return "" if process.returncode in (0, 5) else f"FAILED: exit {process.returncode}", output
 
 
 if __name__ == "__main__":

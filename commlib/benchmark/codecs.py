@@ -129,7 +129,7 @@ def run(
 def warmup(codecs: Sequence[str] = ()) -> list[Callable[[], object]]:
     """Steps that together compile every kernel: each operation of each codec, small, per dtype.
 
-    Each step's `__name__` says what it warms.
+    Where there are CUDA devices, their kernels too. Each step's `__name__` says what it warms.
     """
 
     def step(c: Codec, dtype: torch.dtype) -> Callable[[], object]:
@@ -140,9 +140,18 @@ def warmup(codecs: Sequence[str] = ()) -> list[Callable[[], object]]:
         run_all.__name__ = f"{c} {str(dtype).removeprefix('torch.')}"
         return run_all
 
+    def cuda_step(c: Codec, device: torch.device) -> Callable[[], object]:
+        def compile_all() -> None:
+            backend_for(device).warmup(c.format, device)
+
+        compile_all.__name__ = f"{c} {device}"
+        return compile_all
+
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     ready = [c for text in codecs or tuple(CODECS) for c in roundings(codec(text))]
-    return [step(c, dtype) for c in ready for dtype in dtypes]
+    steps = [step(c, dtype) for c in ready for dtype in dtypes]
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return steps + [cuda_step(c, device) for c in ready for device in devices]
 
 
 def _measure(c: Codec, x: torch.Tensor, bench: CodecBench) -> list[CodecRow]:

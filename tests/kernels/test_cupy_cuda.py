@@ -115,7 +115,7 @@ class TestCompiling:
 
     @pytest.mark.parametrize("arch", [75, 90])
     def test_no_fused_multiply_add(self, arch: int) -> None:
-        built = build.compile("raw", arch)
+        built = build.compile("raw", arch, build.REPORT)
         found = list(reports("cupy_cuda", "", arch, built.ptx, built.log))
         assert {r.kernel for r in found} == {"quantize_raw", "dequantize_raw", "reduce_raw"}
         assert all(r.good for r in found)
@@ -141,7 +141,7 @@ class TestTheMatrixCanFail:
         pytest.importorskip("cupy")
         monkeypatch.setattr(build, "text", lambda name: FUSED)
         monkeypatch.setattr(build, "OPTIONS", ("-std=c++17",))
-        built = build.compile("raw", 90)
+        built = build.compile("raw", 90, build.REPORT)
         (found,) = reports("cupy_cuda", "", 90, built.ptx, built.log)
         assert found.fused == 1
         assert not found.good

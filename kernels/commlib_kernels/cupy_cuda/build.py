@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 FILES = ("uniform", "sign", "cast", "raw")
 OPTIONS = ("-std=c++17", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true")
 """Every product and every sum rounds by itself: the bytes must not depend on the device."""
+REPORT = "--ptxas-options=-v"
 
 
 class Built(NamedTuple):
@@ -26,7 +27,7 @@ class Built(NamedTuple):
 
     cubin: bytes
     ptx: str
-    log: str  # of ptxas: registers, stack and spills of every kernel
+    log: str  # with REPORT: registers, stack and spills of every kernel
 
 
 @cache
@@ -44,8 +45,8 @@ def text(name: str) -> str:
     return inline(f"{name}.cu")
 
 
-def compile(name: str, arch: int) -> Built:
-    """Compile a .cu file for compute capability `arch` (90 is 9.0).
+def compile(name: str, arch: int, *options: str) -> Built:
+    """Compile a .cu file for compute capability `arch` (90 is 9.0), with further options.
 
     Raises:
         RuntimeError: NVRTC refused it; the message holds its log.
@@ -54,8 +55,7 @@ def compile(name: str, arch: int) -> Built:
 
     program = nvrtc.createProgram(text(name), f"{name}.cu", [], [])
     try:
-        options = [*OPTIONS, f"-arch=sm_{arch}", "--ptxas-options=-v"]
-        nvrtc.compileProgram(program, options)
+        nvrtc.compileProgram(program, [*OPTIONS, f"-arch=sm_{arch}", *options])
         log = nvrtc.getProgramLog(program)
         ptx = nvrtc.getPTX(program)
         return Built(whole(nvrtc.getCUBIN(program)), _text(ptx), log)

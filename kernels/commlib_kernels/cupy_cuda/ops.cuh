@@ -70,18 +70,6 @@ __device__ __forceinline__ void quantize(const Call& call) {
     emit<Coder>(call, piece, tile, FromTensor(call, piece));
 }
 
-template <int C>
-__device__ __forceinline__ void store_unit(
-    i64 kind, i64 address, const Block& b, int c, const float (&v)[ROWS][C]) {
-    with_kind(kind, [&](auto element) {
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            if (!inside<C>(b, r, c)) continue;
-            store_row<C, element.kind>(address, b.start + r * b.columns + c, v[r]);
-        }
-    });
-}
-
 template <class Coder, int C>
 __device__ __forceinline__ void dequantize_tile(
     const Call& call, const Piece& piece, i64 first, const FromTensor& x) {
@@ -104,7 +92,7 @@ __device__ __forceinline__ void dequantize_tile(
 #pragma unroll
             for (int i = 0; i < C; i++) v[r][i] = call.add ? v[r][i] + decoded[i] : decoded[i];
         }
-        store_unit<C>(x.kind, x.address, b, c, v);
+        store_rows(x.kind, x.address, b, c, v);
     }
 }
 
@@ -131,7 +119,7 @@ __device__ __forceinline__ void store_dense(
     for (int c = (lane_id() & (lanes - 1)) * C; c < b.columns; c += lanes * C) {
         float v[ROWS][C];
         source.template unit<C>(b, c, v);
-        store_unit<C>(call.dtype, address, b, c, v);
+        store_rows(call.dtype, address, b, c, v);
     }
 }
 

@@ -27,17 +27,6 @@ struct Residual {
         if (kind == INT8 && b.n) scale = bf16_value(at<const u16>(scales)[b.index]);
     }
 
-    // Call f with the type of its elements.
-    template <class F>
-    __device__ __forceinline__ void with_kind(const F& f) const {
-        if (kind == FP32)
-            f(Element<FP32>());
-        else if (kind == BF16)
-            f(Element<BF16>());
-        else
-            f(Element<INT8>());
-    }
-
     template <int C, Kind KIND>
     __device__ __forceinline__ void row(i64 first, float (&h)[C]) const {
         if constexpr (KIND == INT8) {
@@ -50,25 +39,42 @@ struct Residual {
     }
 
     template <int C>
+    __device__ __forceinline__ void row(i64 first, float (&h)[C]) const {
+        if (kind == FP32)
+            row<C, FP32>(first, h);
+        else if (kind == BF16)
+            row<C, BF16>(first, h);
+        else
+            row<C, INT8>(first, h);
+    }
+
+    template <int C, Kind KIND>
+    __device__ __forceinline__ void add_rows(const Block& b, int c, float (&v)[ROWS][C]) const {
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            if (!inside<C>(b, r, c)) continue;
+            float h[C];
+            row<C, KIND>(b.start + r * b.columns + c, h);
+#pragma unroll
+            for (int i = 0; i < C; i++) v[r][i] = v[r][i] + alpha * h[i];
+        }
+    }
+
+    template <int C>
     __device__ __forceinline__ void add(const Block& b, int c, float (&v)[ROWS][C]) const {
-        if (!kept()) return;
-        with_kind([&](auto element) {
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                if (!inside<C>(b, r, c)) continue;
-                float h[C];
-                row<C, element.kind>(b.start + r * b.columns + c, h);
-#pragma unroll
-                for (int i = 0; i < C; i++) v[r][i] = v[r][i] + alpha * h[i];
-            }
-        });
+        if (kind == FP32)
+            add_rows<C, FP32>(b, c, v);
+        else if (kind == BF16)
+            add_rows<C, BF16>(b, c, v);
+        else if (kind == INT8)
+            add_rows<C, INT8>(b, c, v);
     }
 
     __device__ __forceinline__ float element(const Block& b, int r, int c, float g) {
         if (!kept()) return g;
         open(b);
         float h[1];
-        with_kind([&](auto element) { row<1, element.kind>(b.start + r * b.columns + c, h); });
+        row(b.start + r * b.columns + c, h);
         return g + alpha * h[0];
     }
 
@@ -83,9 +89,7 @@ struct Residual {
             float decoded[C], h[C] = {};
             coder.values(q, r, block_scale, decoded);
             if (real && (carry != 0.0f || !Coder::SCALED)) {
-                with_kind([&](auto element) {
-                    row<C, element.kind>(b.start + r * b.columns + c, h);
-                });
+                row(b.start + r * b.columns + c, h);
             }
 #pragma unroll
             for (int i = 0; i < C; i++) {
@@ -99,15 +103,10 @@ struct Residual {
 
     template <int C>
     __device__ __forceinline__ void store(const Block& b, int c, const float (&h)[ROWS][C]) const {
-        with_kind([&](auto element) {
-            if constexpr (element.kind != INT8) {
-#pragma unroll
-                for (int r = 0; r < ROWS; r++) {
-                    if (!inside<C>(b, r, c)) continue;
-                    store_row<C, element.kind>(address, b.start + r * b.columns + c, h[r]);
-                }
-            }
-        });
+        if (kind == FP32)
+            store_rows<C, FP32>(address, b, c, h);
+        else if (kind == BF16)
+            store_rows<C, BF16>(address, b, c, h);
     }
 
     // As 8-bit integers of a new scale; inv is 0 for scale 0, which forgets whatever h is.

@@ -3,22 +3,6 @@
 
 #include "numbers.cuh"
 
-template <Kind KIND>
-struct Element {
-    static constexpr Kind kind = KIND;
-};
-
-// Call f with an element type known at compile time: one branch for a unit, not one for each row.
-template <class F>
-__device__ __forceinline__ void with_kind(i64 kind, const F& f) {
-    if (kind == FP32)
-        f(Element<FP32>());
-    else if (kind == BF16)
-        f(Element<BF16>());
-    else
-        f(Element<FP16>());
-}
-
 template <int C, Kind KIND>
 __device__ __forceinline__ void load_row(i64 address, i64 first, float (&out)[C]) {
     if constexpr (C == 1) {
@@ -54,6 +38,52 @@ __device__ __forceinline__ void store_row(i64 address, i64 first, const float (&
         w.x = h[0] | h[1] << 16, w.y = h[2] | h[3] << 16;
         *reinterpret_cast<uint2*>(at<u16>(address) + first) = w;
     }
+}
+
+// All rows of a unit. One branch on the element type for all of them, not one for each.
+template <int C, Kind KIND>
+__device__ __forceinline__ void load_rows(
+    i64 address, const Block& b, int c, float (&v)[ROWS][C]) {
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        if (inside<C>(b, r, c))
+            load_row<C, KIND>(address, b.start + r * b.columns + c, v[r]);
+        else
+            v[r][0] = 0.0f;
+    }
+}
+
+template <int C>
+__device__ __forceinline__ void load_rows(
+    i64 kind, i64 address, const Block& b, int c, float (&v)[ROWS][C]) {
+    if (kind == FP32)
+        load_rows<C, FP32>(address, b, c, v);
+    else if (kind == BF16)
+        load_rows<C, BF16>(address, b, c, v);
+    else
+        load_rows<C, FP16>(address, b, c, v);
+}
+
+template <int C, Kind KIND>
+__device__ __forceinline__ void store_rows(
+    i64 address, const Block& b, int c, const float (&v)[ROWS][C]) {
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        if (inside<C>(b, r, c)) {
+            store_row<C, KIND>(address, b.start + r * b.columns + c, v[r]);
+        }
+    }
+}
+
+template <int C>
+__device__ __forceinline__ void store_rows(
+    i64 kind, i64 address, const Block& b, int c, const float (&v)[ROWS][C]) {
+    if (kind == FP32)
+        store_rows<C, FP32>(address, b, c, v);
+    else if (kind == BF16)
+        store_rows<C, BF16>(address, b, c, v);
+    else
+        store_rows<C, FP16>(address, b, c, v);
 }
 
 // C bytes as one word, byte i the i-th.

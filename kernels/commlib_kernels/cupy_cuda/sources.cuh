@@ -14,15 +14,7 @@ struct FromTensor {
     // C columns from column c on; zeros beyond the block's end.
     template <int C>
     __device__ __forceinline__ void unit(const Block& b, int c, float (&v)[ROWS][C]) const {
-        with_kind(kind, [&](auto element) {
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                if (inside<C>(b, r, c))
-                    load_row<C, element.kind>(address, b.start + r * b.columns + c, v[r]);
-                else
-                    v[r][0] = 0.0f;
-            }
-        });
+        load_rows(kind, address, b, c, v);
     }
 
     // Row r of column c alone, for norms, whose sums have an order of their own.
@@ -58,10 +50,10 @@ struct FromWires {
 #pragma unroll
             for (int i = 0; i < C; i++) v[r][i] = 0.0f;
         }
-        const u8* payload = at<const u8>(call.wires);
         const i64 codes = piece.code + b.start / 8 * call.bits;
 #pragma unroll(Coder::NORMS ? 1 : 2)
-        for (int rank = 0; rank < call.payloads; rank++, payload += call.stride) {
+        for (int rank = 0; rank < call.payloads; rank++) {
+            const u8* payload = at<const u8>(opaque(call.wires + rank * call.stride));
             const float scale = scale_in<Coder>(call, piece, payload, b.index);
             typename Coder::Codes q;
             coder.template get<C>(q, payload + codes, b.columns, c);
