@@ -1,6 +1,6 @@
 """`make gpu-check`: everything that CUDA paths promise, on a device, each part under a clock.
 
-PYTHONPATH=.:kernels python -m bench.gpu.check [tests backends memcheck racecheck]
+PYTHONPATH=.:kernels python -m bench.gpu.check [backends tests sanitizer]
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ PYTEST = [
     *("-c", os.devnull, "--rootdir", ".", "--import-mode", "importlib"),
 ]
 SANITIZE = [sys.executable, "-m", "bench.gpu.sanitized", "cupy_cuda"]
+TOOLS = ("memcheck", "racecheck", "synccheck")
 SHARDS = 8
 """Processes that share the backends' tests: Numba compiles every kernel of every format anew."""
 TAIL = 4000
@@ -50,8 +51,12 @@ def parts() -> dict[str, Part]:
     return {
         "backends": Part([backends] * SHARDS, 140, shards),
         "tests": Part([others], 200, [{}]),
-        "memcheck": Part([[sanitizer, "--tool", "memcheck", *options, *SANITIZE]], 90, [{}]),
-        "racecheck": Part([[sanitizer, "--tool", "racecheck", *options, *SANITIZE]], 90, [{}]),
+        # Every tensor an allocation of its own: within a pool's block no overrun would show.
+        "sanitizer": Part(
+            [[sanitizer, "--tool", tool, *options, *SANITIZE] for tool in TOOLS],
+            180,
+            [{"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}] * len(TOOLS),
+        ),
     }
 
 

@@ -19,7 +19,7 @@ def main() -> None:
     module = load(sys.argv[1])
     if isinstance(module, ImportError):
         raise SystemExit(str(module))
-    backend, residuals = OnDevice(module), ("none", "fp32", "bf16", "int8")
+    backend, residuals = OnDevice(module, margin=0), ("none", "fp32", "bf16", "int8")
     for text in CODECS:
         fmt = codec(text).format
         for index, (name, layout) in enumerate(layouts(fmt)):

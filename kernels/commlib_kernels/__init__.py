@@ -142,6 +142,8 @@ def reduce(
     if layout.chunk is None:
         raise ValueError("reduce: the layout must hold one chunk, see Layout.only(rank)")
     size = stride(layout, fmt)
+    if wires.data_ptr() % 16:
+        raise ValueError("reduce: wires must start at a multiple of 16 bytes (128-bit loads)")
     if wires.dtype != torch.uint8 or not wires.is_contiguous() or (size and wires.numel() % size):
         raise ValueError(
             f"reduce: wires must be contiguous uint8 payloads of {size} bytes, "

@@ -58,6 +58,11 @@ INTEGERS = (
 NUMBERS = ("levels", "factor", "alpha", "carry", "omega", "unused")
 STRUCT = np.dtype([(name, np.int64) for name in INTEGERS] + [(n, np.float32) for n in NUMBERS])
 """The one argument of a kernel, by value; cupy_cuda/call.cuh declares the same."""
+PLACES = {name: 8 * place for place, name in enumerate(INTEGERS)}
+PLACES |= {name: 8 * len(INTEGERS) + 4 * place for place, name in enumerate(NUMBERS)}
+"""Byte of the struct at which a field begins."""
+BYTES = np.dtype((np.void, STRUCT.itemsize))
+"""The same without its fields, whose names would cost a launch twenty microseconds."""
 
 
 class Pieces(NamedTuple):
@@ -107,13 +112,13 @@ def _on_device(
         sizes[p.group] += 0 if p.exact else p.numel
     first_runs = np.zeros(groups + 1, np.int64)
     np.cumsum(-(-sizes // RUN), out=first_runs[1:])
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph captures a message of a layout that was never coded before; code it once "
+            "before the capture"
+        )
     on_device = torch.from_numpy(table).to(device), torch.from_numpy(first_runs).to(device)
     if device.type == "cuda":  # once per layout: other streams will read it
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "a CUDA graph captures a message of a layout that was never coded before; code it "
-                "once before the capture"
-            )
         torch.cuda.current_stream(device).synchronize()
     parts = 1 if layout.stacked else len(layout.payloads)
     return Pieces(on_device[0], tiles, on_device[1], int(first_runs[-1]), groups, count, parts)
@@ -217,7 +222,10 @@ def _find(
     else:
         words, found = _passing(layout, fmt, owner, device, keys, hold, rates)
         if device.type == "cuda":
-            found.table.record_stream(torch.cuda.current_stream(device))
+            if torch.cuda.is_current_stream_capturing():
+                _captured.append(found)
+            for tensor in (found.table, found.first_runs):
+                tensor.record_stream(torch.cuda.current_stream(device))
     return words.copy(), found
 
 
@@ -246,6 +254,7 @@ def _template(
     return call.view(np.int64), found
 
 
+_captured: list[Pieces] = []  # read by graphs
 _kept = cache(_template)
 _passing = lru_cache(maxsize=256)(_template)
 

@@ -158,6 +158,8 @@ inline float __fadd_rd(float a, float b) {
     return error < 0 ? std::nextafterf(near, -INFINITY) : near;
 }
 
+inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
+
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     const unsigned long long both = (unsigned long long)(b) << 32 | a;
     unsigned word = 0;

@@ -10,19 +10,24 @@ import torch
 
 from commlib_kernels import Memory, Tag
 
-MARGIN = 64
-"""Bytes around every tensor on the device, which nobody may write."""
-
 
 class OnDevice:
     """Runs the three ops on copies on the device, and copies back what they wrote.
 
+    margin: bytes around every tensor that nobody may write; 0 where a sanitizer sees reads too.
     step_on_device: random streams take their step from the device, as captured graphs do.
     """
 
-    def __init__(self, backend: ModuleType, device: str = "cuda", *, step_on_device: bool = False):
+    def __init__(
+        self,
+        backend: ModuleType,
+        device: str = "cuda",
+        *,
+        margin: int = 64,
+        step_on_device: bool = False,
+    ) -> None:
         self.name, self._backend = backend.name, backend
-        self._device, self._step = device, step_on_device
+        self._device, self._step, self._margin = device, step_on_device, margin
         self._lent: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def quantize(self, fmt: Any, x: Any, wire: Any, layout: Any, tag: Tag, memory: Any) -> None:
@@ -60,9 +65,14 @@ class OnDevice:
 
     def _lend(self, x: torch.Tensor) -> torch.Tensor:
         """A copy on the device, as far from a multiple of 16 bytes as the original."""
-        before = MARGIN + x.data_ptr() % 16
-        size = before + x.nbytes + MARGIN
-        base = torch.full((size + -size % 16,), 0xA5, dtype=torch.uint8, device=self._device)
+        before = self._margin + x.data_ptr() % 16
+        size = before + x.nbytes + self._margin
+        base = torch.full(
+            (size + (-size % 16 if self._margin else 0),),
+            0xA5,
+            dtype=torch.uint8,
+            device=self._device,
+        )
         copy = base[before : before + x.nbytes].view(x.dtype)
         copy.copy_(x)
         self._lent.append((x, base))
@@ -70,7 +80,7 @@ class OnDevice:
 
     def _take_back(self) -> None:
         for x, base in self._lent:
-            before = MARGIN + x.data_ptr() % 16
+            before = self._margin + x.data_ptr() % 16
             found = base.cpu()
             x.copy_(found[before : before + x.nbytes].view(x.dtype))
             around = torch.cat([found[:before], found[before + x.nbytes :]])

@@ -15,7 +15,7 @@ import torch
 from bench.compile_matrix import Report, reports, table
 from commlib.codecs import codec
 from commlib_kernels import Layout, Memory, Tag, launch, load, nbytes
-from commlib_kernels.cupy_cuda import build
+from commlib_kernels.cupy_cuda import _Stream, build
 from commlib_kernels.cupy_cuda.kernels import FILES, kernels
 from tests.contract import CODECS
 
@@ -41,6 +41,10 @@ class TestTheHostAndTheKernelAgree:
     def test_on_the_arguments(self) -> None:
         assert fields("i64", "Call") == list(launch.INTEGERS)
         assert fields("float", "Call") == list(launch.NUMBERS)
+
+    def test_on_where_they_lie(self) -> None:
+        places = {name: field[1] for name, field in (launch.STRUCT.fields or {}).items()}
+        assert places == launch.PLACES
 
     def test_on_the_table_of_pieces(self) -> None:
         names = fields("i64", "Piece")
@@ -87,6 +91,21 @@ def test_an_unusable_backend_says_why() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     assert "no CUDA device" in str(load("cupy_cuda"))
+
+
+def test_cupy_takes_the_arguments_by_value() -> None:
+    """As far as a launch gets without a driver: past the look at its arguments."""
+    function = pytest.importorskip("cupy.cuda.function").Function
+    fmt, layout = codec("int4").format, Layout((128,), align=128)
+    wire = torch.zeros(nbytes(layout, fmt), dtype=torch.uint8)
+    words = launch.quantize(fmt, torch.zeros(128), wire, layout, Tag(), None).words
+    if torch.cuda.is_available():
+        pytest.skip("there is a driver; tests/gpu launches")
+    unloaded = function.__new__(function)
+    with pytest.raises(Exception, match=r"cuda|CUDA"):
+        unloaded((1,), (128,), (words.view(launch.BYTES),), stream=_Stream(0))
+    with pytest.raises(TypeError):
+        unloaded((1,), (128,), (words,), stream=_Stream(0))
 
 
 def test_headers_are_put_in_once() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from commlib_kernels import numba_cuda
+from commlib.codecs import codec
+from commlib_kernels import Layout, Memory, Tag, launch, nbytes, numba_cuda
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
@@ -53,3 +56,31 @@ def test_importing_the_package_brings_in_nothing() -> None:
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.skipif(SIMULATED, reason="the simulator has no driver")
+def test_the_driver_gets_the_address_of_every_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = pytest.importorskip("cuda.bindings.driver")
+    from commlib_kernels.numba_cuda import host
+
+    seen = []
+
+    def launched(handle: int, *rest: int) -> tuple[int]:
+        pointers = (ctypes.c_void_p * 3).from_address(rest[8])
+        integer = ctypes.c_int64.from_address(pointers[0])
+        numbers = [ctypes.c_float.from_address(p).value for p in pointers[1:]]
+        seen.append((handle, rest[:8], rest[9], integer.value, *numbers))
+        return (0,)
+
+    monkeypatch.setattr(driver, "cuLaunchKernel", launched)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+    fields = [launch.PLACES[name] for name in ("x", "alpha", "omega")]
+    loaded = host._Loaded(42, np.array(fields, np.int64), None)
+    fmt, layout, x = codec("int4").format, Layout((128,), align=128), torch.zeros(128)
+    wire = torch.zeros(nbytes(layout, fmt), dtype=torch.uint8)
+    memory = Memory(torch.zeros(128), alpha=0.25, beta=1.0, omega=0.5)
+    host._launch(loaded, 3, launch.quantize(fmt, x, wire, layout, Tag(), memory), 0)
+    assert seen == [(42, (3, 1, 1, 128, 1, 1, 0, 7), 0, x.data_ptr(), 0.25, 0.5)]
+    monkeypatch.setattr(driver, "cuLaunchKernel", lambda *rest: (1,))
+    with pytest.raises(RuntimeError, match="was not launched: 1"):
+        host._launch(loaded, 3, launch.quantize(fmt, x, wire, layout, Tag(), memory), 0)

@@ -11,7 +11,7 @@ import torch
 
 from commlib_kernels import launch
 from commlib_kernels.cupy_cuda import build
-from commlib_kernels.cupy_cuda.kernels import FILES, THREADS, Op, kernels
+from commlib_kernels.cupy_cuda.kernels import FILES, THREADS, Op, kernels, names
 from commlib_kernels.formats import Format
 from commlib_kernels.layout import Layout, stride
 from commlib_kernels.memory import Memory
@@ -70,9 +70,9 @@ def reduce(
 
 def warmup(fmt: Format, device: torch.device | None = None) -> None:
     """Compile the kernels of this kind of format, or load them from the cache."""
-    device = torch.device("cuda", torch.cuda.current_device()) if device is None else device
-    with torch.cuda.device(device):
-        _module(FILES[fmt.kind], device.index or 0)
+    with torch.cuda.device(device):  # None: the current one
+        for kernel in names(fmt):
+            _function(FILES[fmt.kind], kernel, torch.cuda.current_device())
 
 
 class _Stream:
@@ -113,4 +113,5 @@ def _launch(op: Op, fmt: Format, call: launch.Launch, device: torch.device) -> N
     for kernel in kernels(op, fmt, call):
         if kernel.blocks:
             function = _function(FILES[fmt.kind], kernel.name, device.index)
-            function((kernel.blocks,), (THREADS,), (call.words,), stream=stream)
+            # CuPy passes an array of one element by value.
+            function((kernel.blocks,), (THREADS,), (call.words.view(launch.BYTES),), stream=stream)

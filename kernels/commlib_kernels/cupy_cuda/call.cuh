@@ -73,6 +73,14 @@ __device__ __forceinline__ const Piece& piece_of(const Call& call, i64 tile) {
     return pieces[low];
 }
 
+// lanes = 1 << log_lanes share a block. Shifts: a division costs as much as coding an element.
+__device__ __forceinline__ int log_lanes(const Call& call) { return 31 - __clz(int(call.lanes)); }
+
+__device__ __forceinline__ int blocks_per_tile(const Call& call) { return 32 >> log_lanes(call); }
+
+// Which block of the tile is this lane's.
+__device__ __forceinline__ int lane_block(const Call& call) { return lane_id() >> log_lanes(call); }
+
 // One block of a piece, as its lanes see it. n is 0 where the tile has fewer blocks.
 struct Block {
     i64 start;    // its first element within the piece
@@ -92,13 +100,13 @@ __device__ __forceinline__ Block block_at(const Call& call, const Piece& piece, 
 }
 
 __device__ __forceinline__ i64 first_block(const Call& call, const Piece& piece, i64 tile) {
-    return (tile - piece.tile) * (32 / call.lanes);
+    return (tile - piece.tile) * blocks_per_tile(call);
 }
 
 // Whether all blocks of the tile are full, and short enough for one unit of four columns a lane.
 __device__ __forceinline__ bool whole_tile(const Call& call, const Piece& piece, i64 first) {
     return call.block % UNIT == 0 && call.block <= 32 * UNIT &&
-           (first + 32 / call.lanes) * call.block <= piece.numel;
+           (first + blocks_per_tile(call)) * call.block <= piece.numel;
 }
 
 __device__ __forceinline__ u32 warp_max(u32 m, int lanes) {

@@ -2,6 +2,6 @@
 #include "cast.cuh"
 #include "ops.cuh"
 
-KERNELS(fp16, 4, Cast<FP16>)
-KERNELS(bf16, 5, Cast<BF16>)
-KERNELS(fp8, 4, Fp8)
+KERNELS(fp16, Cast<FP16>)
+KERNELS(bf16, Cast<BF16>)
+KERNELS(fp8, Fp8)

@@ -28,9 +28,8 @@ __device__ __forceinline__ double lane_total(double sum) {
 template <class Source>
 __device__ __forceinline__ double block_norm(
     const Call& call, const Piece& piece, i64 first, const Source& source, Residual h) {
-    const int lanes = int(call.lanes), blocks = 32 / lanes;
     double mine = 0.0;
-    for (int k = 0; k < blocks; k++) {
+    for (int k = 0; k < blocks_per_tile(call); k++) {
         const Block b = block_at(call, piece, first + k);
         double sum = 0.0;
         for (int e = lane_id(); e < b.n; e += 32) {
@@ -38,7 +37,7 @@ __device__ __forceinline__ double block_norm(
             sum += norm_term(call.rule, h.element(b, r, c, source.element(b, r, c)));
         }
         const double total = lane_total(sum);
-        if (lane_id() / lanes == k) mine = total;
+        if (lane_block(call) == k) mine = total;
     }
     return mine;
 }
@@ -82,7 +81,7 @@ struct Emitter {
         const Call& call, const Piece& piece, const Source& source, i64 first)
         : call(call), piece(piece), source(source), first(first), lanes(int(call.lanes)),
           lane(lane_id() & (lanes - 1)), coder(call),
-          b(block_at(call, piece, first + lane_id() / lanes)), h(call, piece) {
+          b(block_at(call, piece, first + lane_block(call))), h(call, piece) {
         h.open(b);
     }
 

@@ -1,7 +1,8 @@
 """Which kernels an op takes: their names in the .cu files, and the warps they need."""
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from functools import cache
+from typing import Literal, NamedTuple, get_args
 
 from commlib_kernels.formats import Format
 from commlib_kernels.launch import Launch
@@ -35,7 +36,21 @@ def kernels(op: Op, fmt: Format, launch: Launch) -> Iterator[Kernel]:
     if fmt.per_segment and launch.scratch:
         yield Kernel(f"measure_{op}_{fmt.kind}", _blocks(launch.pieces.runs))
         yield Kernel(f"shared_scales_{fmt.kind}", _blocks(launch.pieces.groups))
-    yield Kernel(f"{op}_{_coder(fmt)}", _blocks(launch.tiles))
+    yield Kernel(_main(op, fmt), _blocks(launch.tiles))
+
+
+def names(fmt: Format) -> list[str]:
+    """All kernels that messages of a format may take."""
+    found = [_main(op, fmt) for op in get_args(Op)]
+    if fmt.per_segment:
+        found += [f"measure_{op}_{fmt.kind}" for op in ("quantize", "reduce")]
+        found.append(f"shared_scales_{fmt.kind}")
+    return found
+
+
+@cache
+def _main(op: Op, fmt: Format) -> str:
+    return f"{op}_{_coder(fmt)}"
 
 
 def _coder(fmt: Format) -> str:

@@ -75,7 +75,7 @@ __device__ __forceinline__ void dequantize_tile(
     const Call& call, const Piece& piece, i64 first, const FromTensor& x) {
     const Coder coder(call);
     const int lanes = int(call.lanes);
-    const Block b = block_at(call, piece, first + lane_id() / lanes);
+    const Block b = block_at(call, piece, first + lane_block(call));
     const u8* wire = at<const u8>(call.wire);
     const u8* codes = wire + piece.code + b.start / 8 * call.bits;
     const float scale = b.n ? scale_in<Coder>(call, piece, wire, b.index) : 0.0f;
@@ -114,7 +114,7 @@ template <int C, class Source>
 __device__ __forceinline__ void store_dense(
     const Call& call, const Piece& piece, i64 first, const Source& source, i64 address) {
     const int lanes = int(call.lanes);
-    const Block b = block_at(call, piece, first + lane_id() / lanes);
+    const Block b = block_at(call, piece, first + lane_block(call));
 #pragma unroll 1
     for (int c = (lane_id() & (lanes - 1)) * C; c < b.columns; c += lanes * C) {
         float v[ROWS][C];
@@ -139,7 +139,8 @@ __device__ __forceinline__ void reduce(const Call& call) {
         store_dense<1>(call, piece, first, source, address);
 }
 
-// `blocks` of 128 threads at least are to fit on a multiprocessor: 5 leave a thread 96 registers.
+// `blocks` of 128 threads at least are to fit on a multiprocessor: 4 leave a thread 128 registers, 3
+// leave it 168, which the loads of four payloads at a time take.
 #ifndef KERNEL  // the host shim of the tests has its own
 #define KERNEL(name, blocks, ...)                                                          \
     extern "C" __global__ void __launch_bounds__(128, blocks)                              \
@@ -148,7 +149,7 @@ __device__ __forceinline__ void reduce(const Call& call) {
     }
 #endif
 
-#define KERNELS(name, blocks, ...)                                                         \
-    KERNEL(quantize_##name, blocks, quantize<__VA_ARGS__>)                                      \
-    KERNEL(dequantize_##name, blocks, dequantize<__VA_ARGS__>)                                  \
-    KERNEL(reduce_##name, blocks, reduce<__VA_ARGS__>)
+#define KERNELS(name, ...)                                                                 \
+    KERNEL(quantize_##name, 4, quantize<__VA_ARGS__>)                                      \
+    KERNEL(dequantize_##name, 4, dequantize<__VA_ARGS__>)                                  \
+    KERNEL(reduce_##name, 3, reduce<__VA_ARGS__>)

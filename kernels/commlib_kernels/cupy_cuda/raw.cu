@@ -7,6 +7,6 @@ __device__ __forceinline__ void exact(const Call& call) {
     if (tile < call.tiles) OP(call, piece_of(call, tile), tile);
 }
 
-KERNEL(quantize_raw, 5, exact<quantize_exact>)
-KERNEL(dequantize_raw, 5, exact<dequantize_exact>)
-KERNEL(reduce_raw, 5, exact<reduce_exact>)
+KERNEL(quantize_raw, 4, exact<quantize_exact>)
+KERNEL(dequantize_raw, 4, exact<dequantize_exact>)
+KERNEL(reduce_raw, 4, exact<reduce_exact>)

@@ -88,5 +88,5 @@ __device__ __forceinline__ void shared_scales(const Call& call) {
 }
 
 #define MEASURES(name, ...)                                                                \
-    KERNEL(measure_quantize_##name, 5, measure<FromTensor>)                                   \
-    KERNEL(measure_reduce_##name, 5, measure<FromWires<__VA_ARGS__>>)
+    KERNEL(measure_quantize_##name, 4, measure<FromTensor>)                                   \
+    KERNEL(measure_reduce_##name, 4, measure<FromWires<__VA_ARGS__>>)

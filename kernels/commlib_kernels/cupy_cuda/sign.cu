@@ -3,7 +3,7 @@
 #include "shared.cuh"
 #include "sign.cuh"
 
-KERNELS(sign, 4, Sign)
-KERNELS(natural, 4, Natural)
+KERNELS(sign, Sign)
+KERNELS(natural, Natural)
 MEASURES(sign, Sign)
-KERNEL(shared_scales_sign, 5, shared_scales)
+KERNEL(shared_scales_sign, 4, shared_scales)

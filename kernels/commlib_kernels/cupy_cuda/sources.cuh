@@ -51,7 +51,7 @@ struct FromWires {
             for (int i = 0; i < C; i++) v[r][i] = 0.0f;
         }
         const i64 codes = piece.code + b.start / 8 * call.bits;
-#pragma unroll(Coder::NORMS ? 1 : 2)
+#pragma unroll(Coder::NORMS ? 1 : 4)  // loads of four payloads at a time
         for (int rank = 0; rank < call.payloads; rank++) {
             const u8* payload = at<const u8>(opaque(call.wires + rank * call.stride));
             const float scale = scale_in<Coder>(call, piece, payload, b.index);

@@ -3,8 +3,8 @@
 #include "shared.cuh"
 #include "uniform.cuh"
 
-KERNELS(uniform8, 5, Uniform<8>)
-KERNELS(uniform4, 5, Uniform<4>)
-KERNELS(uniform, 4, Uniform<0>)
+KERNELS(uniform8, Uniform<8>)
+KERNELS(uniform4, Uniform<4>)
+KERNELS(uniform, Uniform<0>)
 MEASURES(uniform, Uniform<0>)
-KERNEL(shared_scales_uniform, 5, shared_scales)
+KERNEL(shared_scales_uniform, 4, shared_scales)

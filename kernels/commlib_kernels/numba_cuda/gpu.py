@@ -34,7 +34,8 @@ device: Function = cuda.jit(device=True, forceinline=True)
 
 def kernel(function: Function, signature: Any, resident: int) -> Any:
     """Compile, for the current device, what the host launches."""
-    return cuda.jit(signature, launch_bounds=(THREADS, resident))(function)
+    # Without link-time optimisation what runs is what bench/compile_matrix.py has looked at.
+    return cuda.jit(signature, launch_bounds=(THREADS, resident), lto=False)(function)
 
 
 # Inlined while Numba types a kernel, not by LLVM: an array must belong to the kernel itself.
