@@ -2,13 +2,15 @@
 # of pyproject.toml or constraints.txt.
 #   make demo ARGS="--rate 1gbit"      make test ARGS="-k policy"      make test PYTHON=python3.13
 # The gpu targets install nothing: they run from the checkout with the Python that has torch for CUDA.
-#   make gpu GPU_PYTHON=python3
+#   make gpu GPU_PYTHON=python3      make gpu-bench BENCHES="kernels launches"
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 GPU_PYTHON ?= python3
+CHECKS ?=
+BENCHES ?=
 
 .PHONY: demo test lint bench loss faults compile-matrix test-cuda gpu gpu-check gpu-bench clean
 
@@ -36,10 +38,10 @@ test-cuda: $(VENV)/.installed-cuda-check   ## CUDA kernels without a GPU: how th
 gpu: gpu-check gpu-bench           ## on a machine with a GPU: check, then measure, into bench/results/gpu/
 
 gpu-check:
-	PYTHONPATH=.:kernels $(GPU_PYTHON) -m bench.gpu.check $(ARGS)
+	PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m bench.gpu.check $(CHECKS)
 
 gpu-bench:
-	PYTHONPATH=.:kernels $(GPU_PYTHON) -m bench.gpu.bench $(ARGS)
+	PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m bench.gpu.bench $(BENCHES)
 
 bench: $(VENV)/.installed-bench    ## kernels, codecs and hook overhead, saved as JSON
 	mkdir -p bench/results/local

@@ -218,7 +218,8 @@ class TorchTransport:
     def barrier(self) -> None:
         options = self._options(c10d.BarrierOptions())
         if self.device.type == "cuda":
-            options.device = self.device
+            options.device = self.device  # NCCL looks at the indices, and else guesses
+            options.device_ids = [self.device.index]
         self.group.barrier(options).wait()
 
     def turn(self) -> int:

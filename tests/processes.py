@@ -122,6 +122,7 @@ class Pool:
                 process.kill()
                 process.join()
         self._workers.clear()
+        self._store = None  # holds what groups that failed left for their like
 
     def _start(self) -> None:
         if self._workers:

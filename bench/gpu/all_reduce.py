@@ -14,9 +14,9 @@ from bench.gpu.record import Record
 from commlib import Communicator
 from commlib.benchmark.timing import percentile
 
-SIZES = (1 << 20, 16 << 20, 64 << 20)
-"""Bytes of fp32."""
-SCHEMES = ("bf16@native", "int8+ef", "int4+ef")
+SIZES = (4 << 10, 1 << 20, 16 << 20, 64 << 20)
+"""Bytes of fp32. The smallest shows what an exchange costs by itself: ranks take turns on a GPU."""
+SCHEMES = ("bf16@native", "int8+ef", "int4+ef", "int4+ef@two_phase:slices=1")
 ROUNDS = 12
 BAR = 3.0
 """int4+ef at 64 MiB against NCCL's fp32."""
@@ -25,6 +25,7 @@ BAR = 3.0
 def measured() -> list[dict[str, object]]:
     """Runs on every rank: seconds of every contestant and size, the slowest rank's."""
     size, rows = dist.get_world_size(), []
+    torch.manual_seed(dist.get_rank())
     comms = {scheme: Communicator(policy=scheme, device="cuda") for scheme in SCHEMES}
     for nbytes in SIZES:
         x = torch.randn(nbytes // 4, device="cuda")
@@ -73,13 +74,13 @@ def all_reduce(record: Record) -> None:
     """2 and 4 ranks on one GPU."""
     shown = []
     for count in (2, 4):
-        for row in ranks.run(count, measured):
+        for row in ranks.run(90, count, measured):
             held = row["scheme"] == "int4+ef" and row["size_bytes"] == SIZES[-1]
             record.add(**row, bar=BAR if held else None)
             verdict = "" if not held else "holds" if row["speedup"] >= BAR else f"MISSED ({BAR})"
             if not row["ranks_equal"]:
                 verdict = "RANKS DIFFER"
-            mib = row["size_bytes"] >> 20
+            mib = row["size_bytes"] / 2**20
             shown.append(
                 [count, mib, row["scheme"], row["ms_p50"], row["ms_p80"], row["speedup"], verdict]
             )

@@ -1,6 +1,6 @@
 """`make gpu-bench`: kernel bandwidth, launch cost, all-reduce against NCCL, DDP training.
 
-PYTHONPATH=.:kernels python -m bench.gpu.bench [kernels launches all_reduce training]
+PYTHONPATH=.:kernels python -m bench.gpu.bench [kernels launches training all_reduce]
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from bench.gpu.training import training
 PARTS = {
     "kernels": bandwidth,
     "launches": launches,
-    "all_reduce": all_reduce,
     "training": training,
+    "all_reduce": all_reduce,
 }
 
 
@@ -31,7 +31,7 @@ def main() -> None:
         raise SystemExit(f"unknown parts: {', '.join(unknown)}; allowed: {', '.join(PARTS)}")
     if not torch.cuda.is_available():
         raise SystemExit("torch sees no CUDA device; bench.gpu measures nothing without one")
-    record, failed = Record("bench"), []
+    record, failed = Record("-".join(["bench", *sys.argv[1:]])), []
     for name in names:
         start = time.perf_counter()
         try:

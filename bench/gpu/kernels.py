@@ -6,7 +6,9 @@ Bytes really moved: what is read and what is written, residual and scales includ
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 from unittest import mock
@@ -105,12 +107,33 @@ def bandwidth(record: Record) -> None:
             verdict = "" if bar is None else "holds" if rate / copy >= bar else f"MISSED ({bar})"
             shown.append([c.backend, c.codec, c.op, t.p50, rate, rate / copy, verdict])
 
+    def attempt(name: str, group: Callable[[], list[Case]]) -> None:
+        """One that cannot run here does not take the others with it."""
+        try:
+            measure(group())
+        except Exception as error:
+            traceback.print_exc()
+            record.add(bench="kernel", backend=name, error=str(error)[:500])
+            failed.append(name)
+
+    failed: list[str] = []
     for backend in usable():
         for text in CODECS:
-            measure(list(cases(backend, text, x, h)))
-    measure([Case(OPS[0], "", name, x.nbytes + size, run) for name, size, run in quantizers(x)])
+            attempt(f"{backend.name} {text}", partial(_listed, backend, text, x, h))
+    for name, size, run in quantizers(x):
+        attempt(name, partial(_peer, name, x.nbytes + size, run))
     heads = ["backend", "codec", "op", "ms", "GB/s", "of copy", "bar"]
     record.table("Kernels, 256 MiB fp32, L2 flushed", heads, shown)
+    if failed:
+        raise RuntimeError(f"could not be measured: {', '.join(failed)}")
+
+
+def _listed(backend: ModuleType, text: str, x: torch.Tensor, h: torch.Tensor) -> list[Case]:
+    return list(cases(backend, text, x, h))
+
+
+def _peer(name: str, moved: int, run: Callable[[], object]) -> list[Case]:
+    return [Case(OPS[0], "", name, moved, run)]
 
 
 def launches(record: Record) -> None:

@@ -22,9 +22,9 @@ def main() -> None:
     backend, residuals = OnDevice(module, margin=0), ("none", "fp32", "bf16", "int8")
     for text in CODECS:
         fmt = codec(text).format
-        for index, (name, layout) in enumerate(layouts(fmt)):
-            if name in LAYOUTS:
-                check_backend(backend, reference, Case(fmt, layout, "mixed", residuals[index % 4]))
+        found = [layout for name, layout in layouts(fmt) if name in LAYOUTS]
+        for residual, layout in zip(residuals, found, strict=True):
+            check_backend(backend, reference, Case(fmt, layout, "mixed", residual))
     torch.cuda.synchronize()
 
 

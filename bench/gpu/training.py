@@ -55,8 +55,8 @@ def trained(policy: str | None) -> dict[str, object]:
 
 def training(record: Record) -> None:
     """Two ranks on one GPU."""
-    plain = ranks.run(2, trained, None)
-    coded = ranks.run(2, trained, "int8+ef")
+    plain = ranks.run(90, 2, trained, None)
+    coded = ranks.run(90, 2, trained, "int8+ef")
     shown = []
     for row in (plain, coded):
         difference = row["held_out_loss"] / plain["held_out_loss"] - 1

@@ -6,7 +6,6 @@ what they exchange goes through sockets on loopback.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 
 from commlib import Communicator
 from tests.communicators import data, on_ranks, only
+from tests.gpu.posing import one_gpu
 from tests.processes import Pool
 
 DEVICE = "cuda"
@@ -22,20 +22,6 @@ NUMEL = 300_000
 BUSY = 1_500_000_000  # cycles: about a second
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-def one_gpu(rank: int) -> str:
-    """The setup of a rank: groups that move tensors of both devices."""
-    os.environ.update(
-        GLOO_SOCKET_IFNAME="lo",
-        NCCL_HOSTID=f"commlib{rank}",
-        NCCL_IB_DISABLE="1",
-        NCCL_P2P_DISABLE="1",
-        NCCL_SHM_DISABLE="1",
-        NCCL_SOCKET_IFNAME="lo",
-    )
-    torch.cuda.set_device(0)
-    return "cpu:gloo,cuda:nccl"
 
 
 class Ranks:

@@ -4,7 +4,9 @@ Importing this package needs neither a GPU nor numba-cuda: `ready` says what is 
 first call brings in the rest.
 """
 
+import contextlib
 import os
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -30,6 +32,14 @@ def ready() -> None:
         raise ImportError(
             f"numba_cuda needs a CUDA device, and torch sees none; {SIMULATOR}=1 simulates one"
         )
+    if os.environ.get(SIMULATOR) != "1":
+        with contextlib.suppress(ImportError):
+            # numba-cuda takes numba.cuda's place by a .pth file, which PYTHONPATH does not read.
+            import_module("_numba_cuda_redirector")
+        try:
+            import_module("numba.cuda.cgutils")
+        except ImportError as error:
+            raise ImportError(f"numba.cuda is not numba-cuda's: {error}") from error
 
 
 def quantize(
