@@ -1,12 +1,11 @@
 """What both CUDA backends tell a kernel: numbers, addresses, and a table of pieces on the device.
 
 A warp works on a *tile*: as many whole blocks of a piece as 32 lanes hold, or 1024 elements of an
-exact piece. A lane holds one *unit* of a block of n elements: four neighbouring columns of eight
-rows, element ``row * n / 8 + column``. These are the elements of four groups of random numbers, and
-their bits lie in the same bytes of every plane: so a lane codes, packs and rounds alone, and lanes
-meet only for the maximum of their block.
-
-    unit u:  columns 4u .. 4u + 3        row r of it: elements r n/8 + 4u .. + 3
+exact piece. A block of n elements is seen as eight rows of ``n / 8`` columns, element ``row * n / 8
++ column``. The eight of a column are one group of random numbers, and their bits lie in the same
+bytes of every plane: so the lane that has a column codes, packs and rounds it alone, and lanes meet
+only for the maximum of their block. A lane has a *unit*, four neighbouring columns, wherever memory
+can be read as vectors.
 
 Pieces do not change from message to message: their table is made once per layout and stays.
 """
