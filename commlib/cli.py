@@ -158,6 +158,12 @@ def _collective_options(sub: argparse.ArgumentParser) -> None:
     add("--budget", float, 20.0, "SECONDS", "for the rounds of a size")
     add("--timeout", float, 300.0, "SECONDS", "of one collective")
     add("--seed", int, 0, "N", "of the data and of random rounding")
+    sub.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: NCCL instead of gloo; under torchrun, a rank per GPU (default: cpu)",
+    )
     add("--json", _output, None, "FILE", "one JSON row per line, replaces FILE", shown="none")
     add("--link", str, None, "TEXT", "name of the link in the rows", shown="what was started")
 

@@ -142,6 +142,18 @@ def test_what_the_world_refuses_is_one_line_and_exit_code_one(
     assert capsys.readouterr().err == "commlib: cannot emulate hosts here: no ip\n"
 
 
+def test_cuda_is_measured_by_a_jobs_own_ranks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["bench", "all_reduce", "--device", "cuda"]) == 1
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert main(["bench", "all_reduce", "--device", "cuda"]) == 1
+    assert "torchrun --nproc-per-node" in capsys.readouterr().err
+
+
 def test_bench_codecs_prints_a_table_and_writes_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

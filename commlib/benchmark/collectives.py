@@ -11,6 +11,7 @@ must send in fp32, 2(W-1)/W for all_reduce and (W-1)/W for its halves.
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ class Bench:
     budget: float = 20.0  # seconds per size
     timeout: float = 300.0  # seconds until a collective gives up
     seed: int = 0
+    device: str = "cpu"  # "cuda": NCCL moves the tensors, gloo what ranks tell each other
 
 
 def sizes_between(smallest: int, largest: int, factor: int) -> tuple[int, ...]:
@@ -74,7 +76,7 @@ def run(
     rows: list[Row] = []
     with _communicators(bench) as communicators:
         for size in bench.sizes:
-            buffers = Buffers(bench.op, size, rank, world, bench.seed)
+            buffers = Buffers(bench.op, size, rank, world, bench.seed, bench.device)
             players = contestants(buffers, communicators)
             times, errors = _measure(bench, buffers, players, progress)
             sent = _worst([float(c.sent()) for c in players])
@@ -89,12 +91,16 @@ def run(
 
 
 @contextmanager
-def process_group(timeout: float) -> Iterator[None]:
-    """The default gloo group of RANK, WORLD_SIZE and MASTER_*; destroyed at the end, always."""
+def process_group(timeout: float, device: str = "cpu") -> Iterator[None]:
+    """The default group of RANK, WORLD_SIZE and MASTER_*; destroyed at the end, always."""
     if dist.is_initialized():
         yield
         return
-    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    backend = "gloo"
+    if device == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
         yield
         dist.barrier()  # nobody tears the group down while another still reads from it
@@ -107,7 +113,8 @@ def process_group(timeout: float) -> Iterator[None]:
 @contextmanager
 def _communicators(bench: Bench) -> Iterator[dict[str, Measured]]:
     meters = {
-        scheme: Measured(scheme, timeout=bench.timeout, seed=bench.seed) for scheme in bench.schemes
+        scheme: Measured(scheme, timeout=bench.timeout, seed=bench.seed, device=bench.device)
+        for scheme in bench.schemes
     }
     try:
         yield meters
@@ -147,9 +154,11 @@ def _measure(
 
 def _turn(buffers: Buffers, contestant: Contestant) -> float:
     buffers.reset()
+    buffers.settle()
     dist.barrier()
     start = time.perf_counter()
     contestant.run()
+    buffers.settle()
     return time.perf_counter() - start
 
 

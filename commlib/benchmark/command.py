@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from commlib_kernels.numba_cpu.jit import cache_dir
@@ -26,6 +27,13 @@ SPAWN_SECONDS = 24 * 3600.0  # the ranks have timeouts of their own; this one on
 
 def collective(args: argparse.Namespace) -> int:
     """Measure on the ranks of this job, or start ranks that do."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("--device cuda: torch sees no CUDA device")
+    if args.device == "cuda" and "RANK" not in os.environ:
+        raise RuntimeError(
+            "--device cuda measures the ranks of a job: start one rank per GPU, with "
+            "`torchrun --nproc-per-node N -m commlib.cli -- bench ... --device cuda`"
+        )
     if "RANK" not in os.environ:
         return _start_ranks(args)
     bench = Bench(
@@ -38,6 +46,7 @@ def collective(args: argparse.Namespace) -> int:
         budget=args.budget,
         timeout=args.timeout,
         seed=args.seed,
+        device=args.device,
     )
     _join_ranks(bench, args.json)
     return 0
@@ -83,7 +92,7 @@ def _join_ranks(bench: Bench, json_file: Path | None) -> None:
         if json_file is not None:
             write_jsonl(json_file, rows)
 
-    with process_group(bench.timeout):
+    with process_group(bench.timeout, bench.device):
         run_collectives(bench, show, progress=first)
 
 

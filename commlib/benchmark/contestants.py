@@ -1,10 +1,12 @@
 """Who takes part in a collective benchmark, and the buffers they all work on.
 
-gloo fp32   torch.distributed's own collective on the tensor as it is: every ratio's base
-gloo bf16   cast to bf16, the library's collective, cast back: what a bf16 hook does
+LIB fp32    torch.distributed's own collective on the tensor as it is: every ratio's base
+LIB bf16    cast to bf16, the library's collective, cast back: what a bf16 hook does
 noop        a barrier and nothing else: the least any collective costs here
 raw a2a     all_to_all_single of uint8 at the tensor's size: what the link carries
 SCHEME      commlib's Communicator under that scheme, or under `auto`
+
+LIB is gloo, or nccl on CUDA.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ class Buffers:
     `numel` is rounded down to a multiple of W, at least W, so that every rank owns an equal part.
     """
 
-    def __init__(self, op: str, size_bytes: int, rank: int, world: int, seed: int) -> None:
+    def __init__(
+        self, op: str, size_bytes: int, rank: int, world: int, seed: int, device: str = "cpu"
+    ) -> None:
         if op not in OPS:
             raise ValueError(f"collective {op!r} is not one of {', '.join(OPS)}")
         self.op, self.rank, self.world = op, rank, world
@@ -52,12 +56,12 @@ class Buffers:
         self.numel = self.part * world
         generator = torch.Generator().manual_seed(seed * 1009 + rank)
         mine = self.part if op == "all_gather" else self.numel
-        self.source = torch.randn(mine, generator=generator)
+        self.source = torch.randn(mine, generator=generator).to(device)
         self.input = self.source.clone()
         self.output = {
             "all_reduce": self.input,
-            "reduce_scatter": torch.empty(self.part),
-            "all_gather": torch.empty(self.numel),
+            "reduce_scatter": torch.empty(self.part, device=device),
+            "all_gather": torch.empty(self.numel, device=device),
         }[op]
 
     def reset(self) -> None:
@@ -65,6 +69,11 @@ class Buffers:
         self.input.copy_(self.source)
         if self.output is not self.input:
             self.output.fill_(float("nan"))
+
+    def settle(self) -> None:
+        """Wait until the device has done what was queued."""
+        if self.input.is_cuda:
+            torch.cuda.synchronize()
 
     def must_send(self) -> int:
         """Bytes a rank must send in fp32 by the best algorithm there is."""
@@ -76,25 +85,30 @@ class Buffers:
         stride = max(1, self.numel // SAMPLE) | 1  # odd: visits every place of a block
         places = torch.arange(0, self.numel, stride)
         if self.op != "all_gather":
-            return places, self.source[places].double()
+            return places, _at(self.source, places)
         mine = (places // self.part) == self.rank
         values = torch.zeros(len(places), dtype=torch.float64)
-        values[mine] = self.source[places[mine] - self.rank * self.part].double()
+        values[mine] = _at(self.source, places[mine] - self.rank * self.part)
         return places, values
 
     def result_at(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Which of `places` this rank holds results of, and those results in fp64."""
         if self.op != "reduce_scatter":
-            return torch.ones(len(places), dtype=torch.bool), self.output[places].double()
+            return torch.ones(len(places), dtype=torch.bool), _at(self.output, places)
         mine = (places // self.part) == self.rank
-        return mine, self.output[places[mine] - self.rank * self.part].double()
+        return mine, _at(self.output, places[mine] - self.rank * self.part)
+
+
+def _at(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Elements of `x`, in fp64 on the CPU."""
+    return x[places.to(x.device)].double().cpu()
 
 
 class Measured:
     """A communicator with the transport whose bytes it moves."""
 
-    def __init__(self, scheme: str, *, timeout: float, seed: int) -> None:
-        self.transport = TorchTransport(timeout=timeout)
+    def __init__(self, scheme: str, *, timeout: float, seed: int, device: str = "cpu") -> None:
+        self.transport = TorchTransport(timeout=timeout, device=device)
         # one rule for everything: Policy.parse would leave flat and tiny tensors alone
         policy = "auto" if scheme == "auto" else Policy((Rule(Scheme.parse(scheme)),))
         self.communicator = Communicator(self.transport, policy, seed=seed)
@@ -133,11 +147,13 @@ class Measured:
 
 def contestants(buffers: Buffers, measured: dict[str, Measured]) -> list[Contestant]:
     """The library's own, the floor and the link, then one per scheme; the first is the base."""
-    library, must = str(dist.get_backend()), buffers.must_send()
+    device, must = buffers.input.device, buffers.must_send()
+    library = "nccl" if device.type == "cuda" else str(dist.get_backend())
     half_in = buffers.input.bfloat16()
     half_out = half_in if buffers.op == "all_reduce" else buffers.output.bfloat16()
     raw = buffers.numel * 4 // buffers.world * buffers.world
-    raw_in, raw_out = torch.zeros(raw, dtype=torch.uint8), torch.empty(raw, dtype=torch.uint8)
+    raw_in = torch.zeros(raw, dtype=torch.uint8, device=device)
+    raw_out = torch.empty_like(raw_in)
     raw_sent = raw // buffers.world * (buffers.world - 1)
 
     def bf16() -> None:
