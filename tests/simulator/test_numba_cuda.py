@@ -143,7 +143,7 @@ def test_a_wrong_rounding_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(codec("int8").format, Layout((64,)))
     check_backend(numba_cuda, reference, case)
     monkeypatch.setattr(coders, "rint_bits", coders.floor_bits)
-    for cached in (host.kernels_of, host._compiled):
+    for cached in (host.kernels_of, host._simulated):
         monkeypatch.setattr(host, cached.__name__, host_cache(cached))
     with pytest.raises(pytest.fail.Exception, match="bytes of the wire of step 0"):
         check_backend(numba_cuda, reference, case)
