@@ -27,6 +27,8 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+SAME_PTX = {86: 80, 89: 80}
+"""Numba's PTX for the second is assembled for the first: its generation takes most of the time."""
 CUPY, NUMBA = "cupy_cuda", "numba_cuda"
 
 
@@ -117,17 +119,23 @@ def jobs(backends: Sequence[str], archs: tuple[int, ...]) -> Iterator[Job]:
 def compiled(backend: str, part: str, archs: tuple[int, ...]) -> list[Report]:
     """Do a job."""
     found: list[Report] = []
-    for arch in archs:
-        if backend == CUPY:
-            from commlib_kernels.cupy_cuda import build
+    if backend == CUPY:
+        from commlib_kernels.cupy_cuda import build
 
+        for arch in archs:
             built = build.compile(part, arch, build.REPORT)
             found += reports(backend, "", arch, built.ptx, built.log)
-        else:
-            from commlib_kernels.numba_cuda.build import FORMATS, of_format
+        return found
 
-            for name, ptx in of_format(part, FORMATS[part], divmod(arch, 10)):
-                found += reports(backend, name, arch, ptx, assembled(ptx, arch))
+    from commlib_kernels.numba_cuda.build import FORMATS, of_format
+
+    texts: dict[int, list[tuple[str, str]]] = {}
+    for arch in archs:
+        source = SAME_PTX.get(arch, arch)
+        if source not in texts:
+            texts[source] = list(of_format(part, FORMATS[part], divmod(source, 10)))
+        for name, ptx in texts[source]:
+            found += reports(backend, name, arch, ptx, assembled(ptx, arch))
     return found
 
 

@@ -18,7 +18,6 @@ FORMATS: dict[str, Format] = {
     "fp8": Format("fp8", bits=8, scale="absmax"),
     "fp8_stochastic": Format("fp8", bits=8, scale="absmax", stochastic=True),
     "int8": Format("uniform", bits=8, levels=127, scale="absmax"),
-    "int7": Format("uniform", bits=7, levels=63, scale="absmax"),
     "int4_stochastic": Format("uniform", bits=4, levels=7, scale="absmax", stochastic=True),
     "int3_4096": Format("uniform", bits=3, levels=3, block=4096, scale="absmax"),
     "sign": Format("sign", bits=1, scale="mean"),
