@@ -183,14 +183,22 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def require(name: str) -> ModuleType:
     """The backend; without it the test is skipped, or fails where COMMLIB_REQUIRE names it."""
-    if name == "cuda_host":
-        return importlib.import_module("tests.cuda_host")
-    found = load(name)
+    found = _on_host() if name == "cuda_host" else load(name)
     if isinstance(found, ModuleType):
         return found
     if name in os.environ.get("COMMLIB_REQUIRE", "").split(","):
         pytest.fail(f"COMMLIB_REQUIRE names {name}, which cannot be used here: {found}")
     pytest.skip(f"backend {name}: {found}")
+
+
+def _on_host() -> ModuleType | ImportError:
+    """The CUDA C++ kernels on this CPU, where there is a compiler."""
+    module = importlib.import_module("tests.cuda_host")
+    try:
+        module.ready()
+    except ImportError as error:
+        return error
+    return module
 
 
 def backends() -> list[str]:
@@ -239,6 +247,26 @@ def layouts(fmt: Format, dtype: torch.dtype = torch.float32) -> Iterator[tuple[s
         yield "slice of a chunk", cut.only(0).slice(1, 2)
         yield "slice of a dense chunk", cut.only(1, dense=True).slice(1, 3)
         yield "slice of a stack", repeated.slice(1, 3)
+
+
+RATES = {"none": (1.0, 1.0, 1.0), "fp32": (1.0, 1.0, 1.0), "bf16": (0.2, 1.0, 1.0)}
+RATES["int8"] = (1.0, 1.0, 0.75)  # LoCo keeps its moving average in 8 bits
+
+
+def cases_of_data(fmt: Format, dtype: torch.dtype) -> Iterator[Case]:
+    """Every kind of data and every length, with every residual."""
+    layout = Layout(LENGTHS, dtype)
+    for kind in KINDS if dtype == torch.float32 else ("mixed",):
+        for residual in RESIDUALS if kind in ("random", "mixed") else ("fp32",):
+            yield Case(fmt, layout, kind, residual, RATES[residual])
+
+
+def cases_of_shape(fmt: Format) -> Iterator[Case]:
+    """Every shape of message, with residuals, rates and held segments in turn."""
+    for index, (_, layout) in enumerate(layouts(fmt)):
+        residual = list(RESIDUALS)[index % 4]
+        rates = ((1.0, 1.0, 1.0), (0.2, 0.9, 1.0), (1.0, 1.0, 0.5))[index % 3]
+        yield Case(fmt, layout, "mixed", residual, rates, (0,) if index % 2 else ())
 
 
 def encoded(c: Codec, x: torch.Tensor, t: Tag = Tag()) -> torch.Tensor:  # noqa: B008  (a value)

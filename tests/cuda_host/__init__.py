@@ -30,12 +30,21 @@ OPTIONS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-s
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function")
 
 
+def _compiler() -> str | None:
+    return shutil.which("g++") or shutil.which("clang++")
+
+
+def ready() -> None:
+    """Raise ImportError where nothing can be compiled."""
+    if _compiler() is None:
+        raise ImportError("no C++ compiler: install g++")
+
+
 @cache
 def library(file: str) -> ctypes.CDLL:
     """A .cu file as a shared library; kept in the temporary directory by its content."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
+    compiler = _compiler()
+    assert compiler is not None, "ready() tells"
     source = f'{SHIM.read_text()}\n#line 1 "{file}.cu"\n{text(file)}'
     digest = hashlib.sha256("\0".join((source, compiler, *OPTIONS, *WARNINGS)).encode())
     folder = Path(tempfile.gettempdir()) / "commlib-cuda-host"

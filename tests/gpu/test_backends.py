@@ -10,12 +10,10 @@ from commlib_kernels import BACKENDS, Layout, reference
 from tests.contract import (
     CODECS,
     DTYPES,
-    KINDS,
-    LENGTHS,
-    RESIDUALS,
     Case,
+    cases_of_data,
+    cases_of_shape,
     check_backend,
-    layouts,
     require,
 )
 from tests.golden.make import GOLDEN, contents, path
@@ -25,8 +23,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-RATES = {"none": (1.0, 1.0, 1.0), "fp32": (1.0, 1.0, 1.0), "bf16": (0.2, 1.0, 1.0)}
-RATES["int8"] = (1.0, 1.0, 0.75)
 
 each_backend = pytest.mark.parametrize("name", BACKENDS["cuda"])
 
@@ -36,23 +32,16 @@ each_backend = pytest.mark.parametrize("name", BACKENDS["cuda"])
 def test_every_kind_of_data_and_length(name: str, text: str) -> None:
     candidate = OnDevice(require(name))
     for dtype in DTYPES:
-        for kind in KINDS if dtype == torch.float32 else ("mixed",):
-            for residual in RESIDUALS if kind in ("random", "mixed") else ("fp32",):
-                case = Case(
-                    codec(text).format, Layout(LENGTHS, dtype), kind, residual, RATES[residual]
-                )
-                check_backend(candidate, reference, case)
+        for case in cases_of_data(codec(text).format, dtype):
+            check_backend(candidate, reference, case)
 
 
 @each_backend
 @pytest.mark.parametrize("text", CODECS)
 def test_every_shape_of_message(name: str, text: str) -> None:
-    candidate, fmt = OnDevice(require(name), step_on_device=True), codec(text).format
-    for index, (_, layout) in enumerate(layouts(fmt)):
-        residual = list(RESIDUALS)[index % 4]
-        rates = ((1.0, 1.0, 1.0), (0.2, 0.9, 1.0), (1.0, 1.0, 0.5))[index % 3]
-        hold = (0,) if index % 2 else ()
-        check_backend(candidate, reference, Case(fmt, layout, "mixed", residual, rates, hold))
+    candidate = OnDevice(require(name), step_on_device=True)
+    for case in cases_of_shape(codec(text).format):
+        check_backend(candidate, reference, case)
 
 
 @each_backend

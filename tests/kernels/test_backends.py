@@ -10,19 +10,15 @@ from commlib_kernels import Layout, reference
 from tests.contract import (
     CODECS,
     DTYPES,
-    KINDS,
-    LENGTHS,
-    RESIDUALS,
     Case,
     backends,
+    cases_of_data,
+    cases_of_shape,
     check_backend,
-    layouts,
     require,
 )
 
 FAST = [name for name in backends() if name != "reference"]
-RATES = {"none": (1.0, 1.0, 1.0), "fp32": (1.0, 1.0, 1.0), "bf16": (0.2, 1.0, 1.0)}
-RATES["int8"] = (1.0, 1.0, 0.75)  # LoCo keeps its moving average in 8 bits
 
 
 @pytest.mark.parametrize("text", CODECS)
@@ -32,19 +28,14 @@ class TestSameBytes:
     def test_of_every_kind_of_data_and_length(
         self, name: str, text: str, dtype: torch.dtype
     ) -> None:
-        candidate, layout = require(name), Layout(LENGTHS, dtype)
-        for kind in KINDS if dtype == torch.float32 else ("mixed",):
-            for residual in RESIDUALS if kind in ("random", "mixed") else ("fp32",):
-                case = Case(codec(text).format, layout, kind, residual, RATES[residual])
-                check_backend(candidate, reference, case)
+        candidate = require(name)
+        for case in cases_of_data(codec(text).format, dtype):
+            check_backend(candidate, reference, case)
 
     def test_of_every_shape_of_message(self, name: str, text: str) -> None:
-        candidate, fmt = require(name), codec(text).format
-        for index, (_, layout) in enumerate(layouts(fmt)):
-            residual = list(RESIDUALS)[index % 4]
-            rates = ((1.0, 1.0, 1.0), (0.2, 0.9, 1.0), (1.0, 1.0, 0.5))[index % 3]
-            hold = (0,) if index % 2 else ()
-            check_backend(candidate, reference, Case(fmt, layout, "mixed", residual, rates, hold))
+        candidate = require(name)
+        for case in cases_of_shape(codec(text).format):
+            check_backend(candidate, reference, case)
 
 
 def test_a_missing_backend_fails_where_it_is_required(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,7 @@ def test_cupy_takes_the_arguments_by_value() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a driver; tests/gpu launches")
     unloaded = function.__new__(function)
-    with pytest.raises(Exception, match=r"cuda|CUDA"):
+    with pytest.raises(RuntimeError):  # of CUDA: there is no driver
         unloaded((1,), (128,), (words.view(launch.BYTES),), stream=_Stream(0))
     with pytest.raises(TypeError):
         unloaded((1,), (128,), (words,), stream=_Stream(0))
