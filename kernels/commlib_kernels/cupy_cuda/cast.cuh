@@ -77,11 +77,10 @@ struct Cast {
     }
 };
 
-struct Fp8 {
-    typedef Bytes Codes;
+struct Fp8 : InPlanes {
     static constexpr bool SCALED = true, NORMS = false;
 
-    __device__ __forceinline__ explicit Fp8(const Call&) {}
+    __device__ __forceinline__ explicit Fp8(const Call&) : InPlanes{8} {}
 
     template <int C, bool STOCHASTIC>
     __device__ __forceinline__ void code(
@@ -101,23 +100,11 @@ struct Fp8 {
         }
     }
 
-    __device__ __forceinline__ void nothing(Codes& q) const { q.clear(); }
-
     // e4m3 value times scale: exact, 4 bits times 8 bits.
     template <int C>
     __device__ __forceinline__ void values(
         const Codes& q, int r, float scale, float (&out)[C]) const {
 #pragma unroll
         for (int i = 0; i < C; i++) out[i] = e4m3_value(byte_of(q.row[r], i)) * scale;
-    }
-
-    template <int C>
-    __device__ __forceinline__ void put(const Codes& q, u8* block, int columns, int c) const {
-        put_planes<C>(q, block + c, columns, 8);
-    }
-
-    template <int C>
-    __device__ __forceinline__ void get(Codes& q, const u8* block, int columns, int c) const {
-        get_planes<C>(q, block + c, columns, 8);
     }
 };

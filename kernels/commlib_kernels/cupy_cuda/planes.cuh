@@ -76,3 +76,22 @@ __device__ __forceinline__ void get_planes(Bytes& q, const u8* p, int columns, i
     if (bits & 2) get_plane<C, 2>(q, p, columns, shift);
     if (bits & 1) get_plane<C, 1>(q, p, columns, shift);
 }
+
+// What formats share whose codes are bytes in planes.
+struct InPlanes {
+    typedef Bytes Codes;
+
+    const int width;  // bits of a code
+
+    __device__ __forceinline__ void nothing(Codes& q) const { q.clear(); }
+
+    template <int C>
+    __device__ __forceinline__ void put(const Codes& q, u8* block, int columns, int c) const {
+        put_planes<C>(q, block + c, columns, width);
+    }
+
+    template <int C>
+    __device__ __forceinline__ void get(Codes& q, const u8* block, int columns, int c) const {
+        get_planes<C>(q, block + c, columns, width);
+    }
+};

@@ -6,15 +6,13 @@
 
 // BITS is 0 where the call says how many. With 4 or 8 the scale is the maximum's, one per block.
 template <int BITS>
-struct Uniform {
-    typedef Bytes Codes;
+struct Uniform : InPlanes {
     static constexpr bool SCALED = true, NORMS = BITS == 0;
 
-    const int width;
     const float levels;
 
     __device__ __forceinline__ explicit Uniform(const Call& call)
-        : width(BITS ? BITS : int(call.bits)), levels(call.levels) {}
+        : InPlanes{BITS ? BITS : int(call.bits)}, levels(call.levels) {}
 
     template <int C, bool STOCHASTIC>
     __device__ __forceinline__ void code(
@@ -41,8 +39,6 @@ struct Uniform {
         for (int r = 0; r < ROWS; r++) q.row[r] = kept & low_bytes(sums[r]);
     }
 
-    __device__ __forceinline__ void nothing(Codes& q) const { q.clear(); }
-
     // code * scale: exact, 8 bits times 8 bits.
     template <int C>
     __device__ __forceinline__ void values(
@@ -52,15 +48,5 @@ struct Uniform {
         const float zero = 8388608.0f + float(half);
 #pragma unroll
         for (int i = 0; i < C; i++) out[i] = (byte_float(word, i) - zero) * scale;
-    }
-
-    template <int C>
-    __device__ __forceinline__ void put(const Codes& q, u8* block, int columns, int c) const {
-        put_planes<C>(q, block + c, columns, width);
-    }
-
-    template <int C>
-    __device__ __forceinline__ void get(Codes& q, const u8* block, int columns, int c) const {
-        get_planes<C>(q, block + c, columns, width);
     }
 };
