@@ -10,7 +10,6 @@ touch neither network nor residuals, and leave it usable.
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +29,7 @@ from .lane import Lane
 from .plans import Message, Plan
 from .runner import Runner, Task
 from .sampling import sample_errors
+from .stamp import checking
 from .streams import SideStream
 from .telemetry import Meter
 from .traffic import Transport
@@ -50,7 +50,7 @@ class Carrier:
         self.meter = meter
         self.lost: list[str] = []
         self.aborted: RuntimeError | None = None
-        self.checking = _flag("COMMLIB_CHECK")
+        self.checking = checking()
         self.captures = Captures()
         self._number = 0  # of the message
         self._agreement = Agreement(transport, timeout)
@@ -234,10 +234,3 @@ class Carrier:
                 )
                 self.aborted.__cause__ = error  # keeps buffers alive that may still be written to
             return self.aborted
-
-
-def _flag(name: str) -> bool:
-    value = os.environ.get(name, "")
-    if value not in ("", "0", "1"):
-        raise ValueError(f"{name}={value!r}; allowed: 0, 1")
-    return value == "1"

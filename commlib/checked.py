@@ -1,25 +1,17 @@
 """COMMLIB_CHECK=1: every message is stamped, and every payload that arrives is checked.
 
-    stamp, 4 x uint32, little-endian:  | wire version | scheme digest | message number | crc32 |
-
-Stamps are exchanged before the payload, so ranks that are in different messages find out before
-anything is decoded. This costs one small exchange per exchange, and a pass over the bytes.
+Stamps (stamp.py) are exchanged before the payload, so ranks that are in different messages find out
+before anything is decoded. This costs one small exchange per exchange, and a pass over the bytes.
 """
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
+from .stamp import FIELDS, STAMP, WIRE_VERSION, WORD, crc, digest
 from .traffic import Pending, Through, Transport, split_by_rank
-
-WIRE_VERSION = 1
-STAMP = struct.Struct("<4I")
-FIELDS = ("wire version", "scheme digest", "message number")
 
 
 class Checked(Through):
@@ -28,7 +20,7 @@ class Checked(Through):
     def __init__(self, inner: Transport, scheme: str, number: int, timeout: float) -> None:
         super().__init__(inner)
         self.timeout = timeout
-        self._head = (WIRE_VERSION, zlib.crc32(scheme.encode()), number & 0xFFFFFFFF)
+        self._head = (WIRE_VERSION, digest(scheme), number & WORD)
         self._scheme = scheme
 
     def all_to_all(
@@ -58,7 +50,7 @@ class Checked(Through):
         return _Verified(self, self._inner.broadcast(x, src), [x], [got[src]])
 
     def _stamp(self, payload: torch.Tensor | None) -> bytes:
-        return STAMP.pack(*self._head, 0 if payload is None else _crc(payload))
+        return STAMP.pack(*self._head, 0 if payload is None else crc(payload))
 
     def _stamps(self, mine: bytes) -> list[int]:
         """Exchange stamps; the payload checksums to expect, by rank."""
@@ -67,20 +59,20 @@ class Checked(Through):
         self._inner.all_to_all(out, inp).wait(self.timeout)
         sums = []
         for rank, row in enumerate(out.cpu().view(self.size, -1)):
-            *head, crc = STAMP.unpack(bytes(row.tolist()))
-            for name, got, expected in zip(FIELDS, head, self._head, strict=True):
+            *head, check = STAMP.unpack(bytes(row.tolist()))
+            for name, got, expected in zip(FIELDS[:-1], head, self._head, strict=True):
                 if got != expected:
                     raise RuntimeError(
                         f"COMMLIB_CHECK: {name} of rank {rank} is {got:#x}, rank {self.rank} under "
                         f"scheme {self._scheme} expected {expected:#x}"
                     )
-            sums.append(crc)
+            sums.append(check)
         return sums
 
     def verify(self, pieces: list[torch.Tensor], sums: list[int]) -> None:
         """Compare what arrived with the senders' checksums."""
         for rank, (piece, expected) in enumerate(zip(pieces, sums, strict=True)):
-            got = _crc(piece)
+            got = crc(piece)
             if got != expected:
                 raise RuntimeError(
                     f"COMMLIB_CHECK: payload of rank {rank} arrived at rank {self.rank} with crc32 "
@@ -110,8 +102,3 @@ class _Verified:
         self._inner.wait(timeout)
         self._checked.verify(self._pieces, self._sums)
         self._pieces, self._sums = [], []
-
-
-def _crc(x: torch.Tensor) -> int:
-    data: Any = x.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy()
-    return zlib.crc32(data)

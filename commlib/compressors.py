@@ -10,6 +10,7 @@ from commlib_kernels import backend_for
 
 from .codecs.base import Codec, Round
 from .feedback import Compressor, Feedback
+from .modes import OF_PIPELINES
 from .scheme import Scheme, TwoPhase
 
 
@@ -69,6 +70,11 @@ class Compressors:
         return sum(compressor.nbytes() for compressor in self._made.values())
 
     def _make(self, codec: Codec, memory: Feedback) -> Compressor:
+        if isinstance(memory, OF_PIPELINES):
+            raise ValueError(
+                f"{codec}+{memory}: {memory.id} is a mode of pipeline stages, which no collective "
+                f"has; use {codec}+ef for gradients"
+            )
         made = Compressor(codec, memory, self._seed, self._rank, self._device)
         self._compile(codec)  # before ranks wait for each other: a first compilation takes seconds
         self._made[codec, memory] = made

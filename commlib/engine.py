@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from .carrier import Carrier
-from .checked import WIRE_VERSION
 from .collectives import ALGORITHMS, Pool, Steps
 from .compressors import Compressors
 from .planner import measure
@@ -22,6 +21,7 @@ from .planner import policy as measured_policy
 from .plans import Message, Plan, explicit, is_exact, parse_scheme, single, why_raw
 from .policy import Policy, TensorInfo, raw
 from .scheme import Role, Scheme, TwoPhase
+from .stamp import WIRE_VERSION
 from .telemetry import Meter
 from .traffic import Transport, check_tensor
 from .transport import ProcessGroup, TorchTransport

@@ -1,151 +1,28 @@
-"""Feedback: remembering what rounding threw away, and adding it to the next message.
+"""Compressor: a codec and what it remembers under keys.
 
-One family of rules, with g the gradient, h the residual and Q the codec::
-
-    v  = g + alpha h            what is coded
-    h' = beta h + omega (g - Q(v))
-
-Classic error feedback is (1, 1, 1) (Seide et al. 2014; Karimireddy et al. 2019, arXiv 1901.09847),
-ECQ-SGD is (alpha, beta, 1) (Wu et al. 2018, arXiv 1806.08054), LoCo is (1, 1, 1 - b) (Xie et al.
-2024, arXiv 2407.04480).
+What there is to remember, and by what rule: `modes`.
 """
 
-import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
 from commlib.codecs.base import Codec
 from commlib.counters import counters
+from commlib.modes import RESIDUAL_DTYPES, ErrorFeedback, Feedback, Plain, feedback
 from commlib_kernels import Layout, Memory, Tag
 from commlib_kernels.layout import blocks
+
+__all__ = ["Compressor", "ErrorFeedback", "Feedback", "Key", "Plain", "feedback"]
 
 Key = str | tuple[str, ...] | None
 """Names of a message's segments; None: anonymous, which has no memory."""
 
 OWNER = "|reduced"
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Plain:
-    """No memory: what rounding throws away is gone."""
-
-    def check(self, codec: Codec, numel: int | None = None) -> None:
-        """Every codec may be used without memory."""
-
-    def __str__(self) -> str:
-        return ""
-
-
-@dataclass(frozen=True)
-class ErrorFeedback:
-    """``h' = beta h + omega (g - Q(g + alpha h))``.
-
-    Args:
-        alpha: how much of the residual joins the next message.
-        beta: how much of the residual stays.
-        omega: how much of the new error is taken up (below 1: a moving average, LoCo).
-        dtype: of the residual: fp32, bf16 (half the memory), int8 (a quarter and 2 bytes a block).
-    """
-
-    alpha: float = 1.0
-    beta: float = 1.0
-    omega: float = 1.0
-    dtype: Literal["fp32", "bf16", "int8"] = "fp32"
-
-    def __post_init__(self) -> None:
-        for name in ("alpha", "beta", "omega"):
-            number = getattr(self, name)
-            if not (isinstance(number, int | float) and math.isfinite(number)):
-                raise ValueError(f"ef: {name}={number!r}; allowed: a finite number")
-            # 1 and 1.0 are one configuration and have one text.
-            object.__setattr__(self, name, float(number))
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"ef: dtype={self.dtype!r}; allowed: {', '.join(_DTYPES)}")
-
-    def check(self, codec: Codec, numel: int | None = None) -> None:
-        """Refuse a pair whose residual would grow without bound.
-
-        With gamma the codec's worst ``|Q(v) - v|^2 / |v|^2``: an unbiased codec needs
-        ``omega^2 alpha^2 gamma + (beta - omega alpha)^2 < 1``, a biased one
-        ``|beta - omega alpha| + omega |alpha| sqrt(gamma) < 1``.
-
-        Args:
-            numel: elements that share a scale, for codecs with ``block=tensor``; None: not known
-                yet, such a pair is checked when the first tensor comes.
-
-        Raises:
-            ValueError: with the numbers and what to do.
-        """
-        gamma = codec.gamma(numel)
-        if math.isinf(gamma):
-            return
-        carry = self.beta - self.omega * self.alpha
-        gain = abs(self.omega * self.alpha)
-        if codec.unbiased:
-            growth, rule = (
-                gain**2 * gamma + carry**2,
-                "omega^2 alpha^2 gamma + (beta - omega alpha)^2",
-            )
-        else:
-            growth, rule = (
-                gain * math.sqrt(gamma) + abs(carry),
-                "omega alpha sqrt(gamma) + |beta - omega alpha|",
-            )
-        if growth >= 1:
-            raise ValueError(
-                f"{codec}+{self} diverges: {rule} = {growth:.3g} must be below 1, with "
-                f"gamma = {gamma:.3g} for {codec}; use nearest rounding, more bits, a smaller "
-                "block, or a smaller alpha"
-            )
-
-    def __str__(self) -> str:
-        options = [
-            f":{f.name}={_number(getattr(self, f.name))}"
-            for f in fields(self)
-            if getattr(self, f.name) != f.default
-        ]
-        return "ef" + "".join(options)
-
-
-Feedback = Plain | ErrorFeedback
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-
-
-def _number(x: object) -> str:
-    return f"{x:g}" if isinstance(x, float) and float(f"{x:g}") == x else str(x)
-
-
-def feedback(text: str) -> Feedback:
-    """The feedback that a text names: ``""`` or ``ef[:alpha=..][:beta=..][:omega=..][:dtype=..]``.
-
-    Raises:
-        ValueError: says which part is unknown and what is allowed.
-    """
-    name, *given = text.strip().split(":")
-    if name == "" and not given:
-        return Plain()
-    if name != "ef":
-        raise ValueError(f"feedback {name!r} does not exist; allowed: ef")
-    allowed = [f.name for f in fields(ErrorFeedback)]
-    values: dict[str, Any] = {}
-    for option in given:
-        key, equals, value = option.partition("=")
-        if not equals or key not in allowed:
-            close = get_close_matches(key, allowed, n=1)
-            meant = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"ef: option {option!r}; allowed: {', '.join(allowed)}{meant}")
-        try:
-            values[key] = value if key == "dtype" else float(value)
-        except ValueError:
-            raise ValueError(f"ef: {key}={value!r}; allowed: a number") from None
-    return ErrorFeedback(**values)
 
 
 def owner_key(key: Key) -> Key:
@@ -183,7 +60,7 @@ class Compressor:
     """
 
     codec: Codec
-    feedback: Feedback = field(default_factory=Plain)
+    feedback: Plain | ErrorFeedback = field(default_factory=Plain)
     seed: int = 0
     rank: int = 0
     device: torch.device = CPU
@@ -320,7 +197,7 @@ class Compressor:
         Raises:
             ValueError: a residual has another dtype than this feedback keeps.
         """
-        want = None if isinstance(self.feedback, Plain) else _DTYPES[self.feedback.dtype]
+        want = None if isinstance(self.feedback, Plain) else RESIDUAL_DTYPES[self.feedback.dtype]
         for name, residual in state["residuals"].items():
             if residual.dtype != want:
                 raise ValueError(
@@ -379,7 +256,7 @@ class Compressor:
     ) -> _Arena:
         """Lay the residuals of `names` back to back, moving those that exist already."""
         assert isinstance(self.feedback, ErrorFeedback)
-        fmt, dtype = self.codec.format, _DTYPES[self.feedback.dtype]
+        fmt, dtype = self.codec.format, RESIDUAL_DTYPES[self.feedback.dtype]
         if len(set(names)) != len(names):
             raise ValueError(f"a key names a segment twice: {names}")
         # Repetitions of a stacked message are one name.

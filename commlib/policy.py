@@ -33,7 +33,7 @@ import torch
 
 from commlib_kernels.layout import Layout
 
-from .feedback import Plain
+from .modes import Delta, ErrorFeedback, Lep, Reuse
 from .scheme import (
     DTYPES,
     AlgorithmConfig,
@@ -70,8 +70,9 @@ EXACT_BELOW_NUMEL = 1024
 # dtypes as policy files write them
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
-# One sample's residual would harm the next sample, so these take no feedback.
-STATELESS_ROLES = (Role.ACTIVATION, Role.ACTIVATION_GRADIENT)
+# One sample's residual would harm the next sample, so these take no error feedback; what they take.
+PIPELINE_ROLES = (Role.ACTIVATION, Role.ACTIVATION_GRADIENT)
+MODES = {Delta: (Role.ACTIVATION,), Reuse: PIPELINE_ROLES, Lep: (Role.ACTIVATION_GRADIENT,)}
 
 
 @functools.cache
@@ -121,11 +122,8 @@ class Rule:
             object.__setattr__(self, "role", Role(self.role))
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"rule: {unknown('dtype', _dtype_name(self.dtype), DTYPE_NAMES)}")
-        if self.role in STATELESS_ROLES and self.scheme.feedback != Plain():
-            raise ValueError(
-                f"rule: role {str(self.role)!r} takes no error feedback, got {str(self.scheme)!r}: "
-                f"one sample's residual harms the next; use {str(self.scheme.stateless())!r}"
-            )
+        if self.role is not None:
+            check_mode(self.scheme, self.role)
 
     def matches(self, info: TensorInfo) -> bool:
         return (
@@ -252,7 +250,8 @@ class Policy:
         if info.dtype not in DTYPES:
             return raw()
         scheme = next((rule.scheme for rule in self.rules if rule.matches(info)), raw())
-        if info.key is None or info.role in STATELESS_ROLES:
+        residual = isinstance(scheme.feedback, ErrorFeedback)
+        if info.key is None or (residual and info.role in PIPELINE_ROLES):
             scheme = scheme.stateless()
         if scheme.codec.id != "fp32":
             payload = scheme.codec.nbytes(Layout(sizes=(info.numel,), dtype=info.dtype))
@@ -292,6 +291,24 @@ class Policy:
             if self == Policy._of_scheme(rule.scheme):
                 return str(rule.scheme)
         return self.to_json()
+
+
+def check_mode(scheme: Scheme, role: Role) -> None:
+    """Refuse a memory that does not suit the role (ValueError)."""
+    memory = scheme.feedback
+    if role in PIPELINE_ROLES and isinstance(memory, ErrorFeedback):
+        better = "delta or +reuse" if role is Role.ACTIVATION else "lep or +reuse"
+        raise ValueError(
+            f"role {str(role)!r} takes no error feedback, got {str(scheme)!r}: the residual of one "
+            f"sample harms the next; use {str(scheme.stateless())!r}, or a memory that belongs to "
+            f"the message: +{better}"
+        )
+    allowed = MODES.get(type(memory))
+    if allowed is not None and role not in allowed:
+        raise ValueError(
+            f"role {str(role)!r} does not take +{memory}, which is for "
+            f"{' and '.join(allowed)} between pipeline stages; use {str(scheme.stateless())!r}"
+        )
 
 
 def _dtype_name(value: object) -> str:
