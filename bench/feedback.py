@@ -267,10 +267,10 @@ TABLES: tuple[tuple[str, tuple[str, ...], Callable[[Row], list[str]]], ...] = (
 )
 
 
-def write(path: Path, rows: Sequence[Row], command: str) -> None:
+def write(path: Path, rows: Sequence[Row], command: str, bench: str = "feedback") -> None:
     """Append the rows to `path` as JSON lines, with where they come from."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    about = {"bench": "feedback", "command": command, **origin()._asdict()}
+    about = {"bench": bench, "command": command, **origin()._asdict()}
     with path.open("a", encoding="utf-8") as file:
         for row in rows:
             kept = {

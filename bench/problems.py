@@ -84,7 +84,7 @@ class Digits:
         weights = torch.zeros(len(self.seeds), self.numel)
         for row, seed in zip(weights, self.seeds, strict=True):
             generator = torch.Generator().manual_seed(seed)
-            for matrix, _ in self._views(row[None]):
+            for matrix, _ in self.views(row[None]):
                 he = math.sqrt(2 / matrix.shape[1])
                 matrix[0] = he * torch.randn(matrix.shape[1:], generator=generator)
         return weights.view(-1)
@@ -112,7 +112,7 @@ class Digits:
         )
         delta = probabilities / batch.shape[1]
         gradient = torch.empty_like(weights)
-        models = zip(self._views(weights), self._views(gradient), inputs, strict=True)
+        models = zip(self.views(weights), self.views(gradient), inputs, strict=True)
         for (matrix, _), (d_matrix, d_bias), x in reversed(list(models)):
             d_matrix.copy_(x.mT @ delta)
             d_bias.copy_(delta.sum(1, keepdim=True))
@@ -130,13 +130,13 @@ class Digits:
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """The input of each layer, and the softmax of the last."""
         inputs = []
-        for matrix, bias in self._views(weights):
+        for matrix, bias in self.views(weights):
             x = x.relu() if inputs else x
             inputs.append(x)
             x = torch.baddbmm(bias, x, matrix)
         return inputs, x.softmax(2)
 
-    def _views(self, weights: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def views(self, weights: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(matrix, bias) of each layer, one model per row."""
         rows, place, views = weights.view(-1, self.numel), 0, []
         for fan_in, fan_out in self.layers:
