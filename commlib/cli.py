@@ -18,14 +18,17 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather")
+PAIRS = "send_recv"
 
 _ABOUT = """\
 Distributed training in PyTorch that talks less.
 
   commlib doctor                          is this machine ready, and at what speed does commlib pay?
   commlib bench all_reduce --rate 1gbit   compressed collectives against the library's own
+  commlib bench send_recv --rate 1gbit    compressed messages between pairs of ranks
   commlib bench codecs                    codecs on one core against a plain copy
   commlib demo                            train a small GPT on an emulated slow network
+  commlib demo --pipeline                 the same in pipeline stages: activations compressed
   commlib warmup                          compile all kernels now instead of at the first step
 """
 _BENCH = """\
@@ -48,6 +51,19 @@ examples:
       --ranks 4 --rate 1gbit --json rows.jsonl
   commlib bench all_reduce --schemes auto --min 4KiB --max 16MiB --rate 100mbit
   torchrun --nnodes 2 --nproc-per-node 1 ... -m commlib.cli -- bench all_reduce --rate 10gbit
+"""
+_PAIRS = """\
+Pairs of ranks, 0 to 1, 2 to 3 and so on (the last of an odd number is idle), one way: from a
+barrier until the receiver has decoded the tensor and the sender has heard of it. The first rows are
+torch's own send and recv in fp32 and bf16 and a no-op (a barrier); then commlib.distributed's under
+each scheme. Messages have no memory: schemes without feedback.
+
+Columns, ranks and hosts are those of `commlib bench all_reduce`; size is that of one fp32 message,
+and busbw is algbw.
+
+examples:
+  commlib bench send_recv --schemes bf16,int8,int4 --min 64KiB --max 64MiB --ranks 2 --rate 1gbit
+  torchrun --nnodes 2 --nproc-per-node 1 ... -m commlib.cli -- bench send_recv --rate 10gbit
 """
 _CODECS = """\
 Every operation of every codec on one core: GB/s of fp32 input and, in brackets, the fraction of
@@ -78,10 +94,17 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="store_true", help="print versions and exit")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
 
-    bench = commands.add_parser("bench", help="measure collectives (default: all_reduce) or codecs")
+    bench = commands.add_parser(
+        "bench", help="measure collectives (default: all_reduce), send_recv, codecs"
+    )
     ops = bench.add_subparsers(dest="op", metavar="OP", required=True)
     for name in COLLECTIVES:
         _collective_options(_command(ops, name, f"{name} side by side", _BENCH))
+    _collective_options(
+        _command(ops, PAIRS, "messages between pairs of ranks", _PAIRS),
+        schemes=("fp32", "bf16", "int8", "int4"),
+        ranks=2,
+    )
     _codec_options(_command(ops, "codecs", "codecs on one core", _CODECS))
 
     # has its own options and its own --help; main() hands the words over before parsing
@@ -115,6 +138,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if args.command == "bench" and args.op != "codecs" and args.min > args.max:
         top.error(f"--min {args.min} is larger than --max {args.max} (bytes)")
+    if args.command == "bench" and args.op == PAIRS:
+        with_memory = [scheme for scheme in args.schemes if "+" in scheme]
+        if with_memory:
+            top.error(f"--schemes {','.join(with_memory)}: messages have no memory; leave +ef out")
+        if args.ranks < 2:
+            top.error("--ranks 1: send_recv takes pairs of ranks, at least 2")
     run = {"warmup": _warmup, "doctor": _doctor, "bench": _collective}[args.command]
     if args.command == "bench" and args.op == "codecs":
         run = _codecs
@@ -144,14 +173,17 @@ def _guarded(run: Callable[[], int]) -> int:
 # ---------------------------------------------------------------- options
 
 
-def _collective_options(sub: argparse.ArgumentParser) -> None:
-    schemes = ("fp32", "bf16", "int8+ef", "int4+ef")
+def _collective_options(
+    sub: argparse.ArgumentParser,
+    schemes: tuple[str, ...] = ("fp32", "bf16", "int8+ef", "int4+ef"),
+    ranks: int = 4,
+) -> None:
     add = functools.partial(_option, sub)
     add("--schemes", _each(_scheme), schemes, "LIST", "scheme texts or auto, comma-separated")
     add("--min", _size, 64 << 10, "SIZE", "smallest size of the fp32 tensor", shown="64KiB")
     add("--max", _size, 64 << 20, "SIZE", "largest size", shown="64MiB")
     add("--factor", _positive, 4, "N", "from one size to the next")
-    add("--ranks", _positive, 4, "N", "ranks to start")
+    add("--ranks", _positive, ranks, "N", "ranks to start")
     rate = "line rate of every host, such as 200mbit; where ranks are joined only for `wire eff`"
     add("--rate", _rate, None, "RATE", rate, shown="no limit")
     add("--iters", _positive, None, "N", "rounds per size", shown="what --budget fits")

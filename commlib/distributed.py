@@ -7,10 +7,15 @@
     dist.barrier()                             # torch's own, like every name not listed here
 
 Compressed by the group's policy: `all_reduce`, `reduce_scatter*`, `all_gather*`,
-`all_to_all_single`, `broadcast`, for fp32, fp16 and bf16 tensors under SUM, AVG and PREMUL_SUM.
-Other dtypes and operations are torch's own. All ranks end with the same bits, the source of a
-broadcast included. In the rules of a policy, the role is gradient for reductions, parameter for
-all_gather and broadcast, activation for all_to_all: one rule per role keeps weights exact.
+`all_to_all_single`, `broadcast`, `send`, `recv`, `isend`, `irecv`, `batch_isend_irecv`, for fp32,
+fp16 and bf16 tensors under SUM, AVG and PREMUL_SUM. Other dtypes and operations are torch's own.
+All ranks end with the same bits, the source of a broadcast included; a sender keeps what it had. In
+the rules of a policy, the role is gradient for reductions, parameter for all_gather and broadcast,
+activation for all_to_all and point to point: one rule per role keeps weights exact.
+
+The two ends of a message decide alike, from its elements and dtype: both need the same policy, the
+same `scheme`, and both or neither stand inside `commlib.exact()`. Under "auto", which measures
+collectives alone, messages travel raw.
 
 Two keywords more than torch's:
 
@@ -33,9 +38,33 @@ import torch
 import torch.distributed as _torch
 
 from commlib.communicator import Communicator, Work
-from commlib.integrations import groups
+from commlib.integrations import groups, p2p
+from commlib.integrations.p2p import P2POp, batch_isend_irecv, irecv, isend, recv, send
 from commlib.policy import Policy, Role, Scheme
 from commlib.scheme import DTYPES
+
+__all__ = [
+    "AsyncWork",
+    "P2POp",
+    "ReduceOp",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_single",
+    "all_reduce",
+    "all_to_all_single",
+    "batch_isend_irecv",
+    "broadcast",
+    "communicator",
+    "destroy_process_group",
+    "irecv",
+    "isend",
+    "recv",
+    "reduce_scatter",
+    "reduce_scatter_single",
+    "reduce_scatter_tensor",
+    "send",
+    "set_policy",
+]
 
 ReduceOp = _torch.ReduceOp
 Group = _torch.ProcessGroup | None
@@ -71,6 +100,7 @@ def communicator(group: Group = None) -> Communicator:
 def destroy_process_group(group: Group = None) -> None:
     """torch's, after the communicators of the group (None: of all groups) have stopped."""
     groups.stop(group)
+    p2p.forget(group)
     _torch.destroy_process_group(group)
 
 

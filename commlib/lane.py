@@ -75,7 +75,7 @@ class Lane(Through):
         tag = self._tag + self._count % EXCHANGES
         self._count += 1
         others = [(self.rank + step) % self.size for step in range(1, self.size)]
-        pending = [self._inner.recv(into[r], r, tag) for r in sorted(others)]
+        pending: list[Pending] = [self._inner.recv(into[r], r, tag) for r in sorted(others)]
         pending += [self._inner.send(mine[r], r, tag) for r in others]
         if into[self.rank].data_ptr() != mine[self.rank].data_ptr():
             into[self.rank].copy_(mine[self.rank])

@@ -35,6 +35,7 @@ class _World:
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.slots: dict[object, _Slot] = {}
+        self.boxes: dict[object, list[_Letter]] = {}
         self.store: dict[str, str] = {}
         self.broken: str | None = None
 
@@ -56,11 +57,13 @@ class _Slot:
         self.finished = False
         self.error: str | None = None
 
-    def join(self, rank: int, what: object, tensors: tuple[torch.Tensor, ...], move: Move) -> None:
+    def join(self, place: int, what: object, tensors: tuple[torch.Tensor, ...], move: Move) -> None:
         with self.world.changed:
             if what != self.what:
-                self.error = f"rank {rank} came with {what}, another rank with {self.what}"
-            self.joined[rank] = tensors
+                self.error = (
+                    f"rank {self.rank(place)} came with {what}, another rank with {self.what}"
+                )
+            self.joined[place] = tensors
             if self.error is None and len(self.joined) == len(self.members):
                 with torch.no_grad():
                     move([self.joined[r] for r in self.members])
@@ -69,6 +72,10 @@ class _Slot:
 
     def done(self) -> bool:
         return self.finished or self.error is not None
+
+    def rank(self, place: int) -> int | str:
+        """Who joins at a place."""
+        return place
 
     def poll(self, seconds: float, timeout: float) -> bool:
         with self.world.changed:
@@ -84,10 +91,25 @@ class _Slot:
             in_time = world.changed.wait_for(lambda: self.done() or bool(world.broken), timeout)
             if self.finished:
                 return
-            missing = [r for r in self.members if r not in self.joined]
+            missing = [self.rank(p) for p in self.members if p not in self.joined]
         if timeout is not None and not in_time:
             raise Timeout(timeout, f"exchange {self.what}: ranks {missing} did not come")
         raise RuntimeError(f"exchange {self.what} failed: {self.error or world.broken}")
+
+
+class _Letter(_Slot):
+    """A send and the receive that meets it: places 0 and 1."""
+
+    def __init__(self, world: _World, what: object, src: int | None, dst: int, place: int) -> None:
+        super().__init__(world, what, (0, 1))
+        self.source, self.dst, self.place = src, dst, place
+
+    def meets(self, src: int | None, place: int) -> bool:
+        """Whether what lies here is the other half of a send from `src`, or of a receive."""
+        return self.place != place and (None in (src, self.source) or src == self.source)
+
+    def rank(self, place: int) -> int | str:
+        return self.dst if place else "any" if self.source is None else self.source
 
 
 class ThreadTransport:
@@ -176,16 +198,17 @@ class ThreadTransport:
 
         return self._join(("broadcast", x.dtype, x.numel(), src), (x,), move)
 
-    def send(self, x: torch.Tensor, dst: int, tag: int = 0) -> _Slot:
+    def send(self, x: torch.Tensor, dst: int, tag: int = 0) -> _Letter:
         self._check("send", x)
         check_rank("send", dst, self.size)
         self.bytes_sent += x.nbytes
-        return self._letter(x, self.rank, dst, tag)
+        return self._letter(x, self.rank, dst, tag, 0)
 
-    def recv(self, x: torch.Tensor, src: int, tag: int = 0) -> _Slot:
+    def recv(self, x: torch.Tensor, src: int | None, tag: int = 0) -> _Letter:
         self._check("recv", x)
-        check_rank("recv", src, self.size)
-        return self._letter(x, src, self.rank, tag)
+        if src is not None:
+            check_rank("recv", src, self.size)
+        return self._letter(x, src, self.rank, tag, 1)
 
     def barrier(self) -> None:
         self._join(("barrier",), (), lambda rows: None).wait(self.timeout)
@@ -197,6 +220,10 @@ class ThreadTransport:
         with self._world.changed:
             self._world.store[self._name + key] = value
             self._world.changed.notify_all()
+
+    def forget(self, key: str) -> None:
+        with self._world.changed:
+            self._world.store.pop(self._name + key, None)
 
     def read(self, key: str, timeout: float) -> str:
         store, name = self._world.store, self._name + key
@@ -227,13 +254,24 @@ class ThreadTransport:
     def _join(self, what: object, tensors: tuple[torch.Tensor, ...], move: Move) -> _Slot:
         return self._slot("all", tuple(range(self.size)), what, tensors, move)
 
-    def _letter(self, x: torch.Tensor, src: int, dst: int, tag: int) -> _Slot:
+    def _letter(self, x: torch.Tensor, src: int | None, dst: int, tag: int, place: int) -> _Letter:
+        """Meet the first half in the box that fits, in the order they came, or lie there."""
+
         def move(rows: list[tuple[torch.Tensor, ...]]) -> None:
-            if src != dst:
-                rows[1][0].copy_(rows[0][0])
+            rows[1][0].copy_(rows[0][0])
 
         what = ("send", x.dtype, x.numel())
-        return self._slot(("send", src, dst, tag), (src, dst), what, (x,), move)
+        with self._world.changed:
+            box = self._world.boxes.setdefault((self._name, self.ranks, dst, tag), [])
+            letter = next((other for other in box if other.meets(src, place)), None)
+            if letter is None:
+                letter = _Letter(self._world, what, src, dst, place)
+                box.append(letter)
+            else:
+                box.remove(letter)
+                letter.source = src if letter.source is None else letter.source
+            letter.join(place, what, (x,), move)
+        return letter
 
     def _slot(
         self,

@@ -13,7 +13,7 @@ These count payload; TCP headers and acknowledgements add about 1% to what an in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -41,6 +41,23 @@ class Pending(Protocol):
         Where the library cannot wait for less than all (gloo's receives end the connection when
         they time out) this is `wait(timeout)`.
         """
+
+
+class Post(NamedTuple):
+    """A send or a receive that waits to be issued with others; `tag` as the library sees it."""
+
+    is_send: bool
+    x: torch.Tensor
+    peer: int  # rank in the group
+    tag: int
+
+
+class Receipt(Pending, Protocol):
+    """A receive under way."""
+
+    @property
+    def source(self) -> int | None:
+        """The rank it comes from; None before a receive from any source is done."""
 
 
 class Transport(Protocol):
@@ -80,8 +97,8 @@ class Transport(Protocol):
     def send(self, x: torch.Tensor, dst: int, tag: int = 0) -> Pending:
         """Send `x` to rank `dst`, which receives with the same tag."""
 
-    def recv(self, x: torch.Tensor, src: int, tag: int = 0) -> Pending:
-        """Receive into `x` from rank `src`, which sends with the same tag."""
+    def recv(self, x: torch.Tensor, src: int | None, tag: int = 0) -> Receipt:
+        """Receive into `x` from rank `src` (None: any), which sends with the same tag."""
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -91,6 +108,9 @@ class Transport(Protocol):
 
     def post(self, key: str, value: str) -> None:
         """Put a text in the group's store, readable by all its ranks."""
+
+    def forget(self, key: str) -> None:
+        """Take a text back that this rank posted and nobody reads any more."""
 
     def read(self, key: str, timeout: float) -> str:
         """The text under `key`; TimeoutError if nobody posted it within `timeout` seconds."""
@@ -130,7 +150,7 @@ class Through:
     def send(self, x: torch.Tensor, dst: int, tag: int = 0) -> Pending:
         return self._inner.send(x, dst, tag)
 
-    def recv(self, x: torch.Tensor, src: int, tag: int = 0) -> Pending:
+    def recv(self, x: torch.Tensor, src: int | None, tag: int = 0) -> Receipt:
         return self._inner.recv(x, src, tag)
 
     def barrier(self) -> None:
@@ -141,6 +161,9 @@ class Through:
 
     def post(self, key: str, value: str) -> None:
         self._inner.post(key, value)
+
+    def forget(self, key: str) -> None:
+        self._inner.forget(key)
 
     def read(self, key: str, timeout: float) -> str:
         return self._inner.read(key, timeout)

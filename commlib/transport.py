@@ -8,6 +8,7 @@ On gloo an all-gather goes as an all-to-all: its own takes three times as long a
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import re
 import threading
@@ -24,6 +25,8 @@ from torch.distributed import distributed_c10d
 from .threads import ThreadTransport, run_ranks
 from .traffic import (
     Pending,
+    Post,
+    Receipt,
     Timeout,
     Transport,
     all_gather_bytes,
@@ -65,12 +68,22 @@ _recent: deque[object] = deque(maxlen=4)
 class _Exchange:
     """A c10d work, and the tensors it uses."""
 
-    __slots__ = ("_tellable", "_tensors", "_work")
+    __slots__ = ("_any", "_tellable", "_tensors", "_work", "source")
 
-    def __init__(self, work: Any, tensors: object, *, tellable: bool = True) -> None:
+    def __init__(
+        self,
+        work: Any,
+        tensors: object,
+        *,
+        tellable: bool = True,
+        source: int | None = None,
+        any_source: bool = False,
+    ) -> None:
         self._work = work
         self._tensors = tensors
         self._tellable = tellable  # gloo's sends and receives complete only in wait()
+        self.source = source
+        self._any = any_source
 
     def done(self) -> bool:
         return self._work is None or (self._tellable and self._work.is_completed())
@@ -89,6 +102,8 @@ class _Exchange:
             if timeout is not None and late and TIMED_OUT.search(str(error)):
                 raise Timeout(timeout, error) from error
             raise
+        if self._any:
+            self.source = self._work._source_rank()
         if self._tellable:
             _recent.append(self._tensors)
         self._work = self._tensors = None
@@ -209,11 +224,41 @@ class TorchTransport:
         work = self.group.send([x], dst, FIRST_TAG + tag)
         return self._exchange(work, x, tellable=not self._gloo)
 
-    def recv(self, x: torch.Tensor, src: int, tag: int = 0) -> Pending:
+    def recv(self, x: torch.Tensor, src: int | None, tag: int = 0) -> Receipt:
         self._check("recv", x)
+        tellable = not self._gloo
+        if src is None:
+            work = self.group.recv_anysource([x], FIRST_TAG + tag)
+            return _Exchange(work, x, tellable=tellable, any_source=True)
         check_rank("recv", src, self.size)
         work = self.group.recv([x], src, FIRST_TAG + tag)
-        return self._exchange(work, x, tellable=not self._gloo)
+        return self._exchange(work, x, tellable=tellable, source=src)
+
+    def batch(self, posts: Sequence[Post]) -> list[Pending]:
+        """Sends and receives handed over as one list: NCCL groups them, so that none blocks.
+
+        One Pending per post; or fewer, where the library completes them together.
+        """
+        ops = []
+        for post in posts:
+            self._check("batch", post.x)
+            check_rank("batch", post.peer, self.size)
+            if post.is_send:
+                self.bytes_sent += post.x.nbytes
+            verb = dist.isend if post.is_send else dist.irecv
+            ops.append(
+                dist.P2POp(verb, post.x, group=self.group, tag=post.tag, group_peer=post.peer)
+            )
+        works = dist.batch_isend_irecv(ops)
+        if len(works) < len(posts):
+            tensors = [post.x for post in posts]
+            return [self._exchange(work, tensors, tellable=not self._gloo) for work in works]
+        return [
+            self._exchange(
+                work, post.x, tellable=not self._gloo, source=None if post.is_send else post.peer
+            )
+            for work, post in zip(works, posts, strict=True)
+        ]
 
     def barrier(self) -> None:
         options = self._options(c10d.BarrierOptions())
@@ -228,6 +273,13 @@ class TorchTransport:
 
     def post(self, key: str, value: str) -> None:
         self._ask(lambda: self._store.set("commlib/" + key, value), self.timeout)
+
+    def forget(self, key: str) -> None:
+        def delete() -> None:
+            with contextlib.suppress(RuntimeError):  # stores of files and of nothing cannot
+                self._store.delete_key("commlib/" + key)
+
+        self._ask(delete, self.timeout)
 
     def read(self, key: str, timeout: float) -> str:
         name = "commlib/" + key
@@ -285,10 +337,12 @@ class TorchTransport:
         )
         return TorchTransport(group, self.timeout, self.device)
 
-    def _exchange(self, work: Any, tensors: object, *, tellable: bool = True) -> Pending:
+    def _exchange(
+        self, work: Any, tensors: object, *, tellable: bool = True, source: int | None = None
+    ) -> _Exchange:
         # NCCL holds on to its tensors by itself; a CUDA graph must not have them held by us
         tensors = None if self.device.type == "cuda" else tensors
-        return _Exchange(work, tensors, tellable=tellable)
+        return _Exchange(work, tensors, tellable=tellable, source=source)
 
     def _check(self, verb: str, *tensors: torch.Tensor) -> None:
         for x in tensors:

@@ -13,7 +13,7 @@ import torch
 from commlib.benchmark.codecs import CodecBench
 from commlib.benchmark.codecs import run as run_codecs
 from commlib.benchmark.collectives import Bench, sizes_between
-from commlib.benchmark.contestants import OPS, Buffers
+from commlib.benchmark.contestants import COLLECTIVES, OPS, PAIRS, Buffers
 from commlib.benchmark.rows import CodecRow, Row, codec_table, origin, table, write_jsonl
 from commlib.benchmark.timing import (
     MAX_ROUNDS,
@@ -111,7 +111,7 @@ def test_interleave_takes_turns() -> None:
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", COLLECTIVES)
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_buffers_know_the_exact_result(op: str, world: int) -> None:
     ranks = [Buffers(op, 1000 * 4, rank, world, seed=3) for rank in range(world)]
@@ -134,6 +134,31 @@ def test_buffers_know_the_exact_result(op: str, world: int) -> None:
     assert (
         ranks[0].must_send() == (2 if op == "all_reduce" else 1) * (world - 1) * ranks[0].part * 4
     )
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 5])
+def test_pairs_know_who_sends_what(world: int) -> None:
+    ranks = [Buffers(PAIRS, 1000 * 4, rank, world, seed=3) for rank in range(world)]
+    exact = sum(buffers.sample()[1] for buffers in ranks)
+    assert isinstance(exact, torch.Tensor)
+    places = ranks[0].sample()[0]
+    covered = torch.zeros(len(exact), dtype=torch.bool)
+    for rank, buffers in enumerate(ranks):
+        assert buffers.numel == 1000
+        assert buffers.must_send() == 4000
+        if rank % 2 == 1:
+            buffers.reset()
+            assert buffers.result_at(places)[1].isnan().all()
+            buffers.output.copy_(ranks[rank - 1].source)
+        else:
+            assert buffers.source.numel() == (1000 if rank + 1 < world else 0)
+        held, result = buffers.result_at(places)
+        assert held.sum() == (len(places) // (world // 2) if rank % 2 else 0)
+        torch.testing.assert_close(result, exact[held], rtol=1e-6, atol=1e-6)
+        covered |= held
+    assert covered.all()
+    with pytest.raises(RuntimeError, match="pairs of ranks, and there is 1"):
+        Buffers(PAIRS, 64, 0, 1, seed=0)
 
 
 def test_reset_spoils_what_an_idle_contestant_would_leave() -> None:
@@ -218,6 +243,7 @@ def test_torch_is_a_peer_like_any_other() -> None:
 
 
 def test_an_unknown_collective_is_refused() -> None:
-    with pytest.raises(ValueError, match="all_reduce"):
+    assert set(OPS) == {*COLLECTIVES, PAIRS}
+    with pytest.raises(ValueError, match=r"all_reduce.*send_recv"):
         Buffers("allreduce", 64, 0, 2, seed=0)
     assert Bench("all_reduce", ("int8",), (64,)).iters is None

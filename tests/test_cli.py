@@ -45,6 +45,7 @@ def test_without_a_command_it_shows_what_there_is(capsys: pytest.CaptureFixture[
         (("--help",), ("commlib doctor", "commlib bench")),
         (("bench", "--help"), ("all_reduce", "codecs")),
         (("bench", "all_reduce", "--help"), ("64KiB", "GB/s = 1e9", "--rate", "examples:")),
+        (("bench", "send_recv", "--help"), ("0 to 1, 2 to 3", "fp32,bf16,int8,int4", "--rate")),
         (("bench", "codecs", "--help"), ("R-D gap", "examples:", "64MiB")),
         (("warmup", "--help"), ("Compiles every kernel",)),
         (("doctor", "--help"), ("exit 1 on a FAULT", "--json")),
@@ -78,6 +79,8 @@ def test_help_needs_no_torch() -> None:
         (("bench", "all_reduce", "--schemes", "ternary+ef"), "ternary"),
         (("bench", "all_reduce", "--ranks", "0"), "at least 1"),
         (("bench", "all_reduce", "--min", "2MiB", "--max", "1MiB"), "larger than --max"),
+        (("bench", "send_recv", "--schemes", "int8,int4+ef"), "int4+ef: messages have no memory"),
+        (("bench", "send_recv", "--ranks", "1"), "pairs of ranks, at least 2"),
         (("bench", "allreduce"), "all_reduce"),
         (("bench", "codecs", "--codecs", "int44"), "did you mean"),
         (("doctro",), "doctor"),
@@ -199,6 +202,25 @@ def test_two_real_ranks_make_rows(op: str, tmp_path: Path) -> None:
     assert by["int8+ef"]["ratio_ci_low"] <= by["int8+ef"]["ratio_ci_high"]  # type: ignore[operator]
     assert all(row["iters"] == 3 and row["ranks"] == 2 for row in rows)
     assert all(row["link"] == "loopback" for row in rows)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_pairs_of_real_ranks_make_rows(ranks: int, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    words = ["bench", "send_recv", "--schemes", "fp32,int8,auto", "--min", "8KiB", "--max", "8KiB"]
+    words += ["--ranks", str(ranks), "--iters", "3", "--timeout", "60", "--json", str(file)]
+    assert main(words) == 0
+    by = {row["scheme"]: row for row in rows_of(file)}
+    assert set(by) == {"gloo fp32", "gloo bf16", "noop", "fp32", "int8", "auto"}
+    assert all(row["op"] == "send_recv" and row["ranks"] == ranks for row in by.values())
+    assert by["gloo fp32"]["wire_bytes"] == by["fp32"]["wire_bytes"] == 8192
+    assert by["gloo bf16"]["wire_bytes"] == 4096
+    assert by["int8"]["wire_bytes"] == 2048 + 2 * 2048 // 128 + 16  # codes, scales, stamp
+    assert by["auto"]["chosen"] == "fp32"
+    assert by["gloo fp32"]["busbw_GBps"] == by["gloo fp32"]["algbw_GBps"]
+    assert by["fp32"]["rel_err"] == by["auto"]["rel_err"] == 0
+    assert 1e-3 < by["int8"]["rel_err"] < 3e-2  # type: ignore[operator]
 
 
 @pytest.mark.processes

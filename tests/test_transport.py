@@ -195,3 +195,36 @@ def test_run_ranks_gives_up_on_the_stuck() -> None:
     with pytest.raises(RuntimeError, match=r"ranks \[1\] did not finish"):
         run_ranks(2, lambda t: event.wait() if t.rank else None, timeout=0.1)
     event.set()
+
+
+def test_a_receive_from_any_source_says_whom_it_met() -> None:
+    def rank(t: ThreadTransport) -> list[tuple[int | None, float]]:
+        if t.rank:
+            t.barrier()
+            for k in range(2):
+                t.send(torch.full((3,), 10.0 * t.rank + k), 0, tag=t.rank % 2).wait()
+            return []
+        outs = [torch.empty(3) for _ in range(6)]
+        named = t.recv(outs[0], 2, tag=0)
+        assert named.source == 2
+        receiving = [t.recv(out, None, tag=0) for out in outs[1:2]]
+        receiving += [t.recv(out, None, tag=1) for out in outs[2:]]
+        t.barrier()
+        for pending in (named, *receiving):
+            pending.wait(10)
+        return [
+            (pending.source, out[0].item())
+            for pending, out in zip((named, *receiving), outs, strict=True)
+        ]
+
+    found = run_ranks(4, rank)[0]
+    assert found[:2] == [(2, 20.0), (2, 21.0)]  # in the order in which they were posted
+    assert sorted(found[2:]) == [(1, 10.0), (1, 11.0), (3, 30.0), (3, 31.0)]
+
+
+def test_a_receive_from_any_source_that_meets_nobody() -> None:
+    (one, _) = ThreadTransport.world(2)
+    pending = one.recv(torch.empty(3), None)
+    assert pending.source is None
+    with pytest.raises(traffic.Timeout, match=r"ranks \['any'\] did not come"):
+        pending.wait(0.01)

@@ -1,11 +1,11 @@
-"""Collectives side by side on one link: the library's own, a no-op, the bare link, commlib's.
+"""Operations side by side on one link: the library's own, a no-op, the bare link, commlib's.
 
 Every rank runs `run(bench)`. For each size the contestants take turns in one fixed order, round
 after round (see timing.py). A time is the slowest rank's, counted from a barrier. The number of
 rounds is decided by rank 0 from its clock and broadcast, so all ranks do the same.
 
 Bandwidths follow nccl-tests: algbw = size / p50, busbw = algbw * the share of the size that a rank
-must send in fp32, 2(W-1)/W for all_reduce and (W-1)/W for its halves.
+must send in fp32, 2(W-1)/W for all_reduce, (W-1)/W for its halves and 1 for send_recv.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from tqdm import trange
 
-from .contestants import Buffers, Contestant, Measured, contestants
+from .contestants import PAIRS, Buffers, Contestant, Measured, contestants
+from .pairs import Pairs, pairs
 from .rows import Row
 from .timing import paired_ratio, percentile, rounds_within
 from .units import format_size
@@ -74,14 +75,17 @@ def run(
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     rows: list[Row] = []
-    with _communicators(bench) as communicators:
+    with _measured(bench) as measured:
         for size in bench.sizes:
             buffers = Buffers(bench.op, size, rank, world, bench.seed, bench.device)
-            players = contestants(buffers, communicators)
+            players = [
+                *(pairs(buffers) if bench.op == PAIRS else contestants(buffers)),
+                *(one.contestant(scheme, buffers) for scheme, one in measured.items()),
+            ]
             times, errors = _measure(bench, buffers, players, progress)
             sent = _worst([float(c.sent()) for c in players])
-            for communicator in communicators.values():
-                communicator.reset()  # residuals of a size that does not come back
+            for one in measured.values():
+                one.reset()
             if rank == 0:
                 found = _rows(bench, buffers, players, times, errors, sent)
                 rows += found
@@ -111,16 +115,20 @@ def process_group(timeout: float, device: str = "cpu") -> Iterator[None]:
 
 
 @contextmanager
-def _communicators(bench: Bench) -> Iterator[dict[str, Measured]]:
-    meters = {
-        scheme: Measured(scheme, timeout=bench.timeout, seed=bench.seed, device=bench.device)
-        for scheme in bench.schemes
-    }
+def _measured(bench: Bench) -> Iterator[dict[str, Measured | Pairs]]:
+    """What moves the tensors under each scheme."""
+    found: dict[str, Measured | Pairs] = {}
+    for scheme in bench.schemes:
+        found[scheme] = (
+            Pairs(scheme)
+            if bench.op == PAIRS
+            else Measured(scheme, timeout=bench.timeout, seed=bench.seed, device=bench.device)
+        )
     try:
-        yield meters
+        yield found
     finally:
-        for meter in meters.values():
-            meter.communicator.close()
+        for one in found.values():
+            one.close()
 
 
 def _measure(

@@ -1,4 +1,4 @@
-"""Who takes part in a collective benchmark, and the buffers they all work on.
+"""Who takes part in a benchmark of collectives, and the buffers they all work on.
 
 LIB fp32    torch.distributed's own collective on the tensor as it is: every ratio's base
 LIB bf16    cast to bf16, the library's collective, cast back: what a bf16 hook does
@@ -24,7 +24,9 @@ from ..communicator import Communicator
 from ..policy import Policy, Role, Rule, Scheme, TensorInfo
 from ..transport import TorchTransport
 
-OPS = ("all_reduce", "reduce_scatter", "all_gather")
+COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather")
+PAIRS = "send_recv"  # 0 to 1, 2 to 3, ...; see pairs.py
+OPS = (*COLLECTIVES, PAIRS)
 SAMPLE = 1 << 18  # elements compared for rel_err: 2 MiB of fp64 cross the link once per size
 
 
@@ -41,28 +43,47 @@ class Contestant:
 
 
 class Buffers:
-    """Inputs and outputs of one collective at one size; `reset` puts the inputs back.
+    """Inputs and outputs of one operation at one size; `reset` puts the inputs back.
 
-    `numel` is rounded down to a multiple of W, at least W, so that every rank owns an equal part.
+    The whole tensor is `regions` parts of `part` elements. `gives` and `holds` are what this rank
+    adds to it and what it has of the result: a region, or ALL, or NONE. `numel`, what the size
+    says, is the whole of a collective and a region of send_recv; rounded down so that parts are
+    equal.
     """
+
+    ALL, NONE = -1, -2
 
     def __init__(
         self, op: str, size_bytes: int, rank: int, world: int, seed: int, device: str = "cpu"
     ) -> None:
         if op not in OPS:
-            raise ValueError(f"collective {op!r} is not one of {', '.join(OPS)}")
+            raise ValueError(f"operation {op!r} is not one of {', '.join(OPS)}")
         self.op, self.rank, self.world = op, rank, world
-        self.part = max(1, size_bytes // (4 * world))
-        self.numel = self.part * world
-        generator = torch.Generator().manual_seed(seed * 1009 + rank)
-        mine = self.part if op == "all_gather" else self.numel
-        self.source = torch.randn(mine, generator=generator).to(device)
-        self.input = self.source.clone()
-        self.output = {
-            "all_reduce": self.input,
-            "reduce_scatter": torch.empty(self.part, device=device),
-            "all_gather": torch.empty(self.numel, device=device),
+        self.regions = world // 2 if op == PAIRS else world
+        if not self.regions:
+            raise RuntimeError(f"{PAIRS} takes pairs of ranks, and there is {world}")
+        parts = 1 if op == PAIRS else world
+        self.part = max(1, size_bytes // (4 * parts))
+        self.numel = self.part * parts
+        sends, paired = rank % 2 == 0, rank < 2 * self.regions
+        self.gives, self.holds = {
+            "all_reduce": (self.ALL, self.ALL),
+            "reduce_scatter": (self.ALL, rank),
+            "all_gather": (rank, self.ALL),
+            PAIRS: (
+                rank // 2 if sends and paired else self.NONE,
+                rank // 2 if paired and not sends else self.NONE,
+            ),
         }[op]
+        generator = torch.Generator().manual_seed(seed * 1009 + rank)
+        self.source = torch.randn(self._size(self.gives), generator=generator).to(device)
+        self.input = self.source.clone()
+        self.output = (
+            self.input if op == "all_reduce" else torch.empty(self._size(self.holds), device=device)
+        )
+
+    def _size(self, region: int) -> int:
+        return {self.ALL: self.part * self.regions, self.NONE: 0}.get(region, self.part)
 
     def reset(self) -> None:
         """The input as it was; the output is spoilt, so that an idle contestant shows."""
@@ -77,26 +98,32 @@ class Buffers:
 
     def must_send(self) -> int:
         """Bytes a rank must send in fp32 by the best algorithm there is."""
+        if self.op == PAIRS:
+            return self.part * 4
         halves = 2 if self.op == "all_reduce" else 1
         return halves * (self.world - 1) * self.part * 4
 
     def sample(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Places in the whole tensor, strided, and this rank's fp64 contribution at each."""
-        stride = max(1, self.numel // SAMPLE) | 1  # odd: visits every place of a block
-        places = torch.arange(0, self.numel, stride)
-        if self.op != "all_gather":
-            return places, _at(self.source, places)
-        mine = (places // self.part) == self.rank
+        whole = self._size(self.ALL)
+        stride = max(1, whole // SAMPLE) | 1  # odd: visits every place of a block
+        places = torch.arange(0, whole, stride)
         values = torch.zeros(len(places), dtype=torch.float64)
-        values[mine] = _at(self.source, places[mine] - self.rank * self.part)
+        mine, inside = self._in(self.gives, places)
+        values[mine] = _at(self.source, inside)
         return places, values
 
     def result_at(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Which of `places` this rank holds results of, and those results in fp64."""
-        if self.op != "reduce_scatter":
-            return torch.ones(len(places), dtype=torch.bool), _at(self.output, places)
-        mine = (places // self.part) == self.rank
-        return mine, _at(self.output, places[mine] - self.rank * self.part)
+        mine, inside = self._in(self.holds, places)
+        return mine, _at(self.output, inside)
+
+    def _in(self, region: int, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which places are in a region, and where in its tensor those are."""
+        if region == self.ALL:
+            return torch.ones(len(places), dtype=torch.bool), places
+        mine = (places // self.part) == region
+        return mine, places[mine] - region * self.part
 
 
 def _at(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -115,7 +142,11 @@ class Measured:
         self.last = 0
 
     def reset(self) -> None:
+        """Forget the residuals of a size that does not come back."""
         self.communicator.reset()
+
+    def close(self) -> None:
+        self.communicator.close()
 
     def timed(self, call: Callable[[], object]) -> Callable[[], object]:
         def run() -> None:
@@ -145,10 +176,15 @@ class Measured:
         )
 
 
-def contestants(buffers: Buffers, measured: dict[str, Measured]) -> list[Contestant]:
-    """The library's own, the floor and the link, then one per scheme; the first is the base."""
+def library_of(buffers: Buffers) -> str:
+    """The backend that moves them by itself."""
+    return "nccl" if buffers.input.is_cuda else str(dist.get_backend())
+
+
+def contestants(buffers: Buffers) -> list[Contestant]:
+    """The library's own, the floor and the link; the first is the base."""
     device, must = buffers.input.device, buffers.must_send()
-    library = "nccl" if device.type == "cuda" else str(dist.get_backend())
+    library = library_of(buffers)
     half_in = buffers.input.bfloat16()
     half_out = half_in if buffers.op == "all_reduce" else buffers.output.bfloat16()
     raw = buffers.numel * 4 // buffers.world * buffers.world
@@ -177,7 +213,6 @@ def contestants(buffers: Buffers, measured: dict[str, Measured]) -> list[Contest
             lambda: raw_sent,
             checked=False,
         ),
-        *(one.contestant(scheme, buffers) for scheme, one in measured.items()),
     ]
 
 

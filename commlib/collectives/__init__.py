@@ -6,6 +6,7 @@
 from . import native, ring, two_phase
 from .base import Algorithm, Step, Steps, drive
 from .exchange import all_to_all, all_to_all_split, broadcast, raw, raw_reduce_scatter
+from .p2p import Mail
 from .pool import Pool
 from .two_phase import all_gather, reduce_scatter
 
@@ -18,6 +19,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 __all__ = [
     "ALGORITHMS",
     "Algorithm",
+    "Mail",
     "Pool",
     "Step",
     "Steps",

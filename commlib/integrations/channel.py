@@ -20,6 +20,7 @@ from torch.distributed import distributed_c10d
 
 from commlib.communicator import Communicator
 from commlib.policy import Policy
+from commlib.telemetry import Meter
 from commlib.transport import TorchTransport, backends, group_device
 
 c10d: Any = distributed_c10d  # its helpers are missing from the stubs
@@ -65,19 +66,22 @@ def communicator(
     seed: int = 0,
     timeout: float | None = None,
     device: torch.device | None = None,
+    meter: Meter | None = None,
 ) -> Communicator:
     """A communicator over the ranks of `group`, on CPU on a channel of its own.
 
-    device: of the tensors; None as in `Communicator`.
+    device: of the tensors; device and meter None as in `Communicator`.
     """
     group = group or dist.group.WORLD
     if isinstance(group, dist.ProcessGroup):  # else `channel` says what is wrong
         device = group_device(group, device)
         if device.type == "cuda":
-            return Communicator(group, policy, seed=seed, timeout=timeout, device=device)
+            return Communicator(
+                group, policy, seed=seed, timeout=timeout, device=device, meter=meter
+            )
     opened = channel(group)
     try:
-        return Communicator(opened, policy, seed=seed, timeout=timeout)
+        return Communicator(opened, policy, seed=seed, timeout=timeout, meter=meter)
     except BaseException:
         _close(opened)
         raise

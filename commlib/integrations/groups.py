@@ -1,7 +1,7 @@
 """The communicators of a program's process groups, one per group and device.
 
-A group has a policy (`set_policy`; else COMMLIB_POLICY, else "auto"). Communicators are made at the
-first collective and stopped when their group is destroyed.
+A group has a policy (`set_policy`; else COMMLIB_POLICY, else "auto") and a meter for each device.
+Communicators are made at the first collective and stopped when their group is destroyed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from commlib.communicator import Communicator
 from commlib.feedback import Plain
 from commlib.integrations import channel
 from commlib.policy import Policy, Scheme
+from commlib.telemetry import Meter
 from commlib.transport import group_device
 
 log = logging.getLogger("commlib")
@@ -29,6 +30,9 @@ Source = str | Scheme | Policy | dict[str, Any]
 _lock = threading.Lock()
 _communicators: dict[tuple[dist.ProcessGroup, torch.device], Communicator] = {}
 _policies: weakref.WeakKeyDictionary[dist.ProcessGroup, Policy | str] = weakref.WeakKeyDictionary()
+_meters: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, Meter]] = (
+    weakref.WeakKeyDictionary()
+)
 _told: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 
 
@@ -43,12 +47,30 @@ def member(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     return group
 
 
-def set_policy(group: dist.ProcessGroup, policy: Source) -> None:
-    """Compress the group by `policy` from the next call on; its memory starts from zero."""
-    parsed = "auto" if policy == "auto" else Policy.parse(policy)
+def set_policy(group: dist.ProcessGroup, source: Source) -> None:
+    """Compress the group by `source` from the next call on; its memory starts from zero."""
+    parsed = "auto" if source == "auto" else Policy.parse(source)
     _stop(lambda other: other is group)
     _policies[group] = parsed
+    _meters.pop(group, None)
     _told.discard(group)
+
+
+def policy(group: dist.ProcessGroup) -> Policy | str:
+    """The policy of a group; "auto" as it is, which each communicator measures for itself."""
+    found = _policies.get(group)
+    if found is None:
+        text = os.environ.get("COMMLIB_POLICY") or "auto"
+        found = _policies[group] = text if text.strip() == "auto" else Policy.parse(text)
+    return found
+
+
+def meter(group: dist.ProcessGroup, device: torch.device) -> Meter:
+    """What counts the traffic of a group under its policy."""
+    meters = _meters.setdefault(group, {})
+    if device not in meters:
+        meters[device] = Meter(rank=group.rank())
+    return meters[device]
 
 
 def communicator(group: dist.ProcessGroup, device: torch.device | None = None) -> Communicator:
@@ -62,8 +84,9 @@ def communicator(group: dist.ProcessGroup, device: torch.device | None = None) -
         _stop(_destroyed)
     with _lock:
         if mine not in _communicators:
-            policy = _policies.get(group) or os.environ.get("COMMLIB_POLICY") or "auto"
-            _communicators[mine] = channel.communicator(group, policy, device=device)
+            _communicators[mine] = channel.communicator(
+                group, policy(group), device=device, meter=meter(group, device)
+            )
         return _communicators[mine]
 
 

@@ -1,0 +1,417 @@
+"""torch.distributed's point-to-point verbs, compressed; `commlib.distributed` has them.
+
+Both ends of a message decide alike, from facts that both have: the group's policy, `scheme=`, the
+number of elements, dtype. What is compressed travels on the caller's own group, issued by the
+calling thread, with tags of commlib's own; what is not is torch's own call.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch.overrides import has_torch_function
+
+from commlib.collectives.p2p import FIRST_TAG, Mail, Receiving, Sending, wire_bytes
+from commlib.compressors import Compressors
+from commlib.feedback import Compressor, Plain
+from commlib.integrations import groups
+from commlib.integrations.batch import Batch, Later
+from commlib.plans import explicit, is_exact, parse_scheme, why_raw
+from commlib.policy import EXACT_BELOW_NUMEL, Role, Scheme, TensorInfo
+from commlib.scheme import DTYPES
+from commlib.traffic import Post, check_rank
+from commlib.transport import GLOO, TorchTransport, backends, group_device
+
+log = logging.getLogger("commlib")
+
+Group = dist.ProcessGroup | None
+Named = str | Scheme | None
+
+_lock = threading.Lock()
+_offices: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, Office]] = (
+    weakref.WeakKeyDictionary()
+)
+_told: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
+
+
+class Office:
+    """The point-to-point traffic of a group on one device."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.transport = TorchTransport(group, device=device)
+        self.compressors = Compressors(device, 0, self.transport.rank)
+        place = weakref.ref(group)
+
+        def record(codec: str, raw_bytes: int, sent: int, seconds: float) -> None:
+            alive = place()
+            if alive is not None:
+                groups.meter(alive, device).record("send", None, codec, raw_bytes, sent, seconds)
+
+        self.mail = Mail(self.transport, record)
+
+
+class P2PWork:
+    """What a point-to-point call returns; the verbs of `torch.distributed.Work`."""
+
+    def __init__(self, *messages: Sending | Receiving | Raw) -> None:
+        self._messages = messages
+
+    def wait(self, timeout: datetime.timedelta | float | None = None) -> bool:
+        """Block until the tensor was sent, or has arrived; `timeout` in seconds.
+
+        None or 0: the group's timeout. On CUDA the current stream waits, and not the host.
+        """
+        if isinstance(timeout, datetime.timedelta):
+            timeout = timeout.total_seconds()
+        for message in self._messages:
+            message.wait(timeout or None)
+        return True
+
+    def synchronize(self) -> None:
+        self.wait()
+
+    def is_completed(self) -> bool:
+        """Whether it is done. On gloo only `wait` finds that out, as for torch's own."""
+        return all([message.is_completed() for message in self._messages])
+
+    def is_success(self) -> bool:
+        return self.is_completed() and self.exception() is None
+
+    def exception(self) -> BaseException | None:
+        return next((e for m in self._messages if (e := m.exception()) is not None), None)
+
+    def result(self) -> list[torch.Tensor]:
+        """The tensors, once done."""
+        self.wait()
+        return [message.tensor for message in self._messages]
+
+    def source_rank(self) -> int:
+        """The rank within the group that sent what a receive got."""
+        source = self._messages[0].source
+        if source is None:
+            raise RuntimeError("the source of a receive is known once wait() has returned")
+        return source
+
+    _source_rank = source_rank
+
+
+class Raw:
+    """A message of torch's own in a batch with compressed ones."""
+
+    def __init__(self, tensor: torch.Tensor, later: Later) -> None:
+        self.tensor, self.source = tensor, later.source
+        self._later = later
+
+    def wait(self, timeout: float | None = None) -> None:
+        self._later.wait(timeout)
+
+    def is_completed(self) -> bool:
+        return self._later.done()
+
+    def exception(self) -> BaseException | None:
+        return None
+
+
+class P2POp(dist.P2POp):
+    """torch's, for `batch_isend_irecv`; `op` is isend or irecv, commlib's or torch's.
+
+    scheme: of this message instead of the policy's.
+    """
+
+    def __new__(
+        cls,
+        op: Callable[..., Any],
+        tensor: torch.Tensor,
+        peer: int | None = None,
+        group: Group = None,
+        tag: int = 0,
+        group_peer: int | None = None,
+        *,
+        scheme: Named = None,
+    ) -> Self:
+        made: Self = super().__new__(cls, _torchs(op), tensor, peer, group, tag, group_peer)
+        return made
+
+    def __init__(
+        self,
+        op: Callable[..., Any],
+        tensor: torch.Tensor,
+        peer: int | None = None,
+        group: Group = None,
+        tag: int = 0,
+        group_peer: int | None = None,
+        *,
+        scheme: Named = None,
+    ) -> None:
+        super().__init__(_torchs(op), tensor, peer, group, tag, group_peer)
+        self.scheme = scheme
+
+
+def isend(
+    tensor: torch.Tensor,
+    dst: int | None = None,
+    group: Group = None,
+    tag: int = 0,
+    group_dst: int | None = None,
+    *,
+    scheme: Named = None,
+) -> Any:
+    """Send `tensor` to rank `dst` (of the world; `group_dst`: of the group).
+
+    It is coded before this returns, and may change then; the work is done when it has left.
+    """
+    return _start("isend", tensor, dst, group, tag, group_dst, scheme)
+
+
+def irecv(
+    tensor: torch.Tensor,
+    src: int | None = None,
+    group: Group = None,
+    tag: int = 0,
+    group_src: int | None = None,
+    *,
+    scheme: Named = None,
+) -> Any:
+    """Receive into `tensor` from rank `src` (of the world; `group_src`: of the group; or any).
+
+    It is decoded by the work's `wait`: before that, the tensor is what it was.
+    """
+    return _start("irecv", tensor, src, group, tag, group_src, scheme)
+
+
+def send(
+    tensor: torch.Tensor,
+    dst: int | None = None,
+    group: Group = None,
+    tag: int = 0,
+    group_dst: int | None = None,
+    *,
+    scheme: Named = None,
+) -> None:
+    """`isend`, until the tensor has left."""
+    work = _start("send", tensor, dst, group, tag, group_dst, scheme)
+    if work is not None:
+        work.wait()
+
+
+def recv(
+    tensor: torch.Tensor,
+    src: int | None = None,
+    group: Group = None,
+    tag: int = 0,
+    group_src: int | None = None,
+    *,
+    scheme: Named = None,
+) -> int:
+    """`irecv`, until the tensor is there; the rank of the world it came from."""
+    work = _start("recv", tensor, src, group, tag, group_src, scheme)
+    if work is None:  # not a member
+        return -1
+    work.wait()
+    if src is not None:
+        return src
+    if group_src is None:
+        group_src = work._source_rank()
+    return dist.get_global_rank(groups.member(group), group_src)
+
+
+def batch_isend_irecv(p2p_op_list: list[dist.P2POp]) -> list[Any]:
+    """Issue a list of `P2POp`, commlib's or torch's, together: no order among them blocks.
+
+    Works for all of them, as torch returns them: one each, or one for all where NCCL groups them.
+    """
+    if not isinstance(p2p_op_list, list) or not p2p_op_list:
+        raise ValueError(f"batch_isend_irecv: pass a list of P2POp, not empty; got {p2p_op_list!r}")
+    for op in p2p_op_list:
+        if not isinstance(op, dist.P2POp):
+            raise ValueError(
+                f"batch_isend_irecv: every op must be a P2POp, got {type(op).__name__}"
+            )
+    group = groups.member(p2p_op_list[0].group)
+    if any(groups.member(op.group) is not group for op in p2p_op_list):
+        raise ValueError("batch_isend_irecv: all ops must be of one group")
+    routes = []
+    for op in p2p_op_list:  # before anything is sent
+        verb = op.op.__name__
+        _peer(verb, group, None, op.group_peer, op.tensor)
+        scheme = getattr(op, "scheme", None)
+        routes.append(
+            None if _foreign(op.tensor) else _route(verb, group, op.tensor, op.tag, scheme)
+        )
+    office = next((route[0] for route in routes if route is not None), None)
+    if office is None:
+        return dist.batch_isend_irecv(p2p_op_list)
+    if len({op.tensor.device for op in p2p_op_list}) > 1:
+        raise ValueError(
+            "batch_isend_irecv: the tensors are on different devices; make two batches"
+        )
+    batch, messages = Batch(office.transport), []
+    with office.mail.lock:
+        for op, route in zip(p2p_op_list, routes, strict=True):
+            messages.append(_post(op, route, batch))
+        batch.launch()
+    return [P2PWork(*messages)] if batch.grouped else [P2PWork(message) for message in messages]
+
+
+def bytes_sent(group: Group = None) -> int:
+    """Bytes that this rank has sent compressed, point to point, in `group`."""
+    offices = _offices.get(groups.member(group), {})
+    return sum(office.transport.bytes_sent for office in offices.values())
+
+
+def forget(group: Group) -> None:
+    """Let go of the messages of `group`; of all groups for None and for the default group."""
+    with _lock:
+        if group in (None, dist.group.WORLD):
+            _offices.clear()
+        else:
+            _offices.pop(group, None)
+
+
+def _start(
+    verb: str,
+    tensor: torch.Tensor,
+    rank: int | None,
+    group: Group,
+    tag: int,
+    group_rank: int | None,
+    scheme: Named,
+) -> Any:
+    """Issue one message."""
+    sends = verb.endswith("send")
+    issue = dist.isend if sends else dist.irecv
+    group = group or dist.group.WORLD
+    if not isinstance(group, dist.ProcessGroup) or _foreign(tensor):  # torch says what it thinks
+        return issue(tensor, rank, group, tag, group_rank)
+    peer = _peer(verb, group, rank, group_rank, tensor)
+    route = _route(verb, group, tensor, tag, scheme)
+    if route is None:
+        return issue(tensor, None, group, tag, peer)
+    office, compressor = route
+    if sends:
+        assert peer is not None
+        return P2PWork(office.mail.isend(tensor, peer, compressor, tag))
+    return P2PWork(office.mail.irecv(tensor, peer, compressor, tag))
+
+
+def _post(
+    op: dist.P2POp, route: tuple[Office, Compressor] | None, batch: Batch
+) -> Sending | Receiving | Raw:
+    sends = op.op is dist.isend
+    if route is None:
+        return Raw(op.tensor, batch.add(Post(sends, op.tensor, op.group_peer, op.tag)))
+    office, compressor = route
+    verb = office.mail.isend if sends else office.mail.irecv
+    return verb(op.tensor, op.group_peer, compressor, op.tag, batch)
+
+
+def _torchs(op: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's own verb for ours."""
+    return dist.isend if op is isend else dist.irecv if op is irecv else op
+
+
+def _foreign(tensor: torch.Tensor) -> bool:
+    """Whether this is no tensor, or one that has its own idea of torch's functions."""
+    return not isinstance(tensor, torch.Tensor) or has_torch_function((tensor,))
+
+
+def _peer(
+    verb: str,
+    group: dist.ProcessGroup,
+    rank: int | None,
+    group_rank: int | None,
+    tensor: torch.Tensor,
+) -> int | None:
+    """The other end's rank in the group. Gloo would end the process for one that is not there."""
+    name = "dst" if verb.endswith("send") else "src"
+    if rank is not None and group_rank is not None:
+        raise ValueError(f"{verb}: give {name} or group_{name}, got {rank} and {group_rank}")
+    if rank is not None:
+        group_rank = dist.get_group_rank(group, rank)
+    if group_rank is None:
+        if name == "src":
+            return None
+        raise ValueError(f"{verb}: name the other rank, {name} or group_{name}")
+    check_rank(verb, group_rank, group.size())
+    blocks = verb in ("send", "recv") or backends(group).get(tensor.device.type) == GLOO
+    if group_rank == group.rank() and blocks:
+        raise ValueError(f"{verb}: rank {group_rank} of the group is this rank itself")
+    return group_rank
+
+
+def _route(
+    verb: str, group: dist.ProcessGroup, tensor: torch.Tensor, tag: int, scheme: Named
+) -> tuple[Office, Compressor] | None:
+    """Who carries a message, and how; None: torch, raw. Decided by what both ends know."""
+    if not 0 <= tag < FIRST_TAG:
+        raise ValueError(f"{verb}: tag is {tag}, allowed: 0 to {FIRST_TAG - 1}")
+    chosen = _choose(verb, group, tensor, scheme)
+    if chosen is None:
+        return None
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{verb}: a compressed tensor must be dense, got {tensor.layout}")
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{verb}: a CUDA graph cannot repeat a compressed message, which is numbered; capture "
+            "it inside commlib.exact()"
+        )
+    office = _office(group, group_device(group, tensor.device))
+    return office, office.compressors.of(chosen)
+
+
+def _choose(
+    verb: str, group: dist.ProcessGroup, tensor: torch.Tensor, scheme: Named
+) -> Scheme | None:
+    """The scheme of a message; None: raw. Its shape may differ between the ends."""
+    numel, dtype = tensor.numel(), tensor.dtype
+    if scheme is not None:
+        named = parse_scheme(scheme)
+        if named.feedback != Plain():
+            raise ValueError(
+                f"{verb}: scheme {str(named)!r} keeps residuals, and a message has no key: no key, "
+                "no memory. Error feedback on activations harms the next sample; pipelines have "
+                f"modes of their own for that. Use {str(named.stateless())!r}"
+            )
+        found = explicit(named, None, dtype, Role.ACTIVATION)
+        return None if found.codec.id == "fp32" else found
+    if is_exact() or not tensor.is_floating_point():
+        return None
+    policy = groups.policy(group)
+    if isinstance(policy, str):
+        if dtype in DTYPES and numel >= EXACT_BELOW_NUMEL:
+            _tell_auto(group)
+        return None
+    info = TensorInfo(None, numel, dtype, Role.ACTIVATION)
+    found = policy.choose(info)
+    if found.codec.id != "fp32" and wire_bytes(numel, dtype, found.codec) < tensor.nbytes:
+        return found
+    reason = why_raw(policy, info)
+    if reason is not None:
+        groups.meter(group, tensor.device).not_compressed(None, reason)
+    return None
+
+
+def _tell_auto(group: dist.ProcessGroup) -> None:
+    if group in _told:
+        return
+    _told.add(group)
+    if group.rank() == 0:
+        log.warning(
+            "commlib.distributed: send and recv travel raw under policy 'auto', which measures "
+            "collectives alone; name a policy or a scheme to compress them"
+        )
+
+
+def _office(group: dist.ProcessGroup, device: torch.device) -> Office:
+    with _lock:
+        offices = _offices.setdefault(group, {})
+        if device not in offices:
+            offices[device] = Office(group, device)
+        return offices[device]
