@@ -10,21 +10,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from commlib.codecs import codec
     from commlib.communicator import Communicator, exact
-    from commlib.integrations.ddp import of, wrap
+    from commlib.integrations.wrapping import of, wrap
+    from commlib.lazy import LazyLoader, LazySampler
     from commlib.policy import Policy, Scheme
 
 __version__ = "0.1.0"
 
-__all__ = ["Communicator", "Policy", "Scheme", "__version__", "codec", "exact", "of", "wrap"]
+__all__ = ["Communicator", "LazyLoader", "LazySampler", "Policy", "Scheme", "__version__"]
+__all__ += ["codec", "exact", "of", "wrap"]
 
 _HOME = {
     "Communicator": "commlib.communicator",
+    "LazyLoader": "commlib.lazy",
+    "LazySampler": "commlib.lazy",
     "Policy": "commlib.policy",
     "Scheme": "commlib.policy",
     "codec": "commlib.codecs",
     "exact": "commlib.communicator",
-    "of": "commlib.integrations.ddp",
-    "wrap": "commlib.integrations.ddp",
+    "of": "commlib.integrations.wrapping",
+    "wrap": "commlib.integrations.wrapping",
 }
 
 

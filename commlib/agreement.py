@@ -52,25 +52,49 @@ class Agreement:
 
         Raises: RuntimeError naming the ranks that differ, and in what, or those that did not come.
         """
+        mine = json.dumps(plan)
+        texts, missing = self._round(mine)
+        different = {r: json.loads(t) for r, t in texts.items() if t != mine}
+        if different:
+            raise Disagreement(_difference(plan, self.transport.rank, different))
+        self._complete(missing, _describe(plan))
+
+    def gather(self, what: str, mine: Any) -> list[Any]:
+        """What every rank says (JSON), by rank; all ranks call it alike.
+
+        Raises: TimeoutError naming the ranks that did not come.
+        """
+        texts, missing = self._round(json.dumps(mine))
+        self._check(missing, what)
+        said = {r: json.loads(text) for r, text in texts.items()}
+        return [said.get(r, mine) for r in range(self.transport.size)]
+
+    def _round(self, mine: str) -> tuple[dict[int, str], list[int]]:
+        """Post `mine`; what the others posted in the same round, and who posted nothing in time."""
         number, self.agreed = self.agreed, self.agreed + 1
         if not self._others:
-            return
+            return {}, []
         if not self._introduced:
             self._introduced = True
             who = {"host": socket.gethostname(), "pid": os.getpid()}
             self.transport.post(f"{self._name}who/{self.transport.rank}", json.dumps(who))
-        mine = json.dumps(plan)
         self.transport.post(f"{self._name}plan/{number}/{self.transport.rank}", mine)
         texts, missing = self._collect(f"plan/{number}", self.timeout)
-        different = {r: json.loads(t) for r, t in texts.items() if t != mine}
-        if different:
-            raise Disagreement(_difference(plan, self.transport.rank, different))
+        if not missing and number:  # all came to this round: they have read the one before
+            self.transport.forget(f"{self._name}plan/{number - 1}/{self.transport.rank}")
+        return texts, missing
+
+    def _complete(self, missing: list[int], what: str) -> None:
+        self._check(missing, what)
+        if self._others:
+            self.look()  # a rank that gave up waiting for this one has left
+
+    def _check(self, missing: list[int], what: str) -> None:
         if missing:
             raise TimeoutError(
-                f"{_describe(plan)}: no word from {self._identify(missing)} within "
-                f"{self.timeout:g} s; all ranks must call the same collectives in the same order"
+                f"{what}: no word from {self._identify(missing)} within {self.timeout:g} s; all "
+                "ranks must call the same collectives in the same order"
             )
-        self.look()  # a rank that gave up waiting for this one has left
 
     def look(self) -> None:
         """Raise if another rank has reported a failure."""

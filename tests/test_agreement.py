@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from commlib import Communicator
+from commlib.agreement import Agreement
 from commlib.transport import ThreadTransport, run_ranks
 from tests.communicators import data, on_ranks, only
 
@@ -237,3 +238,18 @@ def test_a_damaged_payload_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ThreadTransport, "all_to_all", damage)
     assert "payload of rank 1 arrived at rank 0 with crc32" in run_ranks(2, rank)[0]
+
+
+def test_rounds_leave_nothing_behind() -> None:
+    """Every rank takes back what all have read; what differs is gathered, by rank."""
+
+    def rank(t: ThreadTransport) -> list[str]:
+        agreement = Agreement(t, 5.0)
+        for number in range(20):
+            agreement.agree({"op": "test", "key": number})
+            assert agreement.gather("ranks", t.rank) == [0, 1, 2]
+        t.barrier()
+        return sorted(key for key in t._world.store if "plan" in key)
+
+    for left in run_ranks(3, rank):
+        assert left == [f"0/plan/39/{r}" for r in range(3)]

@@ -1,6 +1,6 @@
-"""`make gpu-bench`: kernel bandwidth, launch cost, all-reduce against NCCL, DDP training.
+"""`make gpu-bench`: kernel bandwidth, launch cost, all-reduce against NCCL, DDP, a pipeline.
 
-PYTHONPATH=.:kernels python -m bench.gpu.bench [kernels launches training all_reduce]
+PYTHONPATH=.:kernels python -m bench.gpu.bench [kernels launches training pipeline all_reduce]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 from bench.gpu.all_reduce import all_reduce
 from bench.gpu.kernels import bandwidth, launches
+from bench.gpu.pipeline import pipeline
 from bench.gpu.record import Record
 from bench.gpu.training import training
 
@@ -20,6 +21,7 @@ PARTS = {
     "kernels": bandwidth,
     "launches": launches,
     "training": training,
+    "pipeline": pipeline,
     "all_reduce": all_reduce,
 }
 

@@ -1,0 +1,88 @@
+"""The policy of a pipeline: one table for activations and for their gradients."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+from commlib.boundary import told
+from commlib.integrations.pipeline_edges import ROLES
+from commlib.modes import Plain, Reuse
+from commlib.policy import Policy, Role, Rule, Scheme, check_mode
+
+PolicyLike = str | Scheme | Policy | dict[str, Any]
+
+DEFAULT = "int8"
+
+
+def parse(policy: PolicyLike | None, backward: PolicyLike | None) -> Policy:
+    """One policy for both directions.
+
+    policy: scheme text, `Scheme`, `Policy`, table or file; None: COMMLIB_POLICY, else "int8". Of a
+    scheme alone: for activations, and for their gradients what `backward` says; None: the same
+    codec, with the memory that gradients can have.
+
+    Raises: ValueError: error feedback, a mode in the wrong direction, "auto".
+    """
+    forward = _parsed(policy or os.environ.get("COMMLIB_POLICY") or DEFAULT)
+    if backward is None and not _is_scheme(forward):
+        _refuse(forward, *ROLES.values())
+        return forward
+    _refuse(forward, Role.ACTIVATION)
+    if backward is None:
+        scheme = forward.rules[0].scheme
+        back = scheme if isinstance(scheme.feedback, Plain | Reuse) else scheme.stateless()
+        return _joined(forward, Policy.parse(back))
+    back_policy = _parsed(backward)
+    _refuse(back_policy, Role.ACTIVATION_GRADIENT)
+    return _joined(forward, back_policy)
+
+
+def told_policy(policy: Policy) -> Policy:
+    """What all ranks must have alike: not where each keeps its references."""
+    return Policy(tuple(replace(rule, scheme=told(rule.scheme)) for rule in policy.rules))
+
+
+def _parsed(policy: PolicyLike) -> Policy:
+    if policy == "auto":
+        raise ValueError(
+            "'auto' plans collectives, and a pipeline has none: name a scheme such as 'int8', or "
+            "one per direction: wrap(schedule, 'int4', backward='int8')"
+        )
+    return Policy.parse(policy)
+
+
+def _is_scheme(policy: Policy) -> bool:
+    return bool(policy.rules) and policy == Policy.parse(policy.rules[0].scheme)
+
+
+def _joined(forward: Policy, back: Policy) -> Policy:
+    """The rules of each for its direction."""
+    if forward == back:
+        return forward
+    rules = []
+    for policy, role in ((forward, Role.ACTIVATION), (back, Role.ACTIVATION_GRADIENT)):
+        for rule in policy.rules:
+            if rule.role in (None, role):
+                values = {"key": rule.key, "min_numel": rule.min_numel, "min_ndim": rule.min_ndim}
+                rules.append(
+                    Rule(
+                        rule.scheme,
+                        role=role,
+                        from_step=rule.from_step,
+                        dtype=rule.dtype,
+                        **values,  # type: ignore[arg-type]
+                    )
+                )
+    return Policy(tuple(rules))
+
+
+def _refuse(policy: Policy, *roles: Role) -> None:
+    """Refuse what these roles cannot have, before anything is agreed."""
+    for rule in policy.rules:
+        if rule.from_step:
+            raise ValueError("a pipeline's policy has no from_step: its messages have no steps")
+        for role in roles:
+            if rule.role in (None, role):
+                check_mode(rule.scheme, role)

@@ -1,0 +1,154 @@
+"""`commlib.wrap` and `commlib.of`, for whatever commlib can attach to."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+from commlib.integrations import ddp
+from commlib.integrations.ddp import DDPState
+from commlib.integrations.pipeline import Pipeline
+from commlib.integrations.pipeline_hooks import attach_schedule, detach
+from commlib.integrations.pipeline_policy import PolicyLike, parse
+
+Thing = TypeVar("Thing")
+
+
+def wrap(
+    model: Thing,
+    policy: PolicyLike | None = None,
+    *,
+    backward: PolicyLike | None = None,
+    seed: int | None = None,
+    timeout: float | None = None,
+) -> Thing:
+    """Compress what a model sends; returns the same object.
+
+    model: a `DistributedDataParallel` (its gradients: `integrations.ddp.wrap`), or a schedule or
+    stage of torch.distributed.pipelining (activations and their gradients: `wrap_pipeline`). Every
+    rank calls it with the same arguments.
+
+    Args:
+        policy: scheme text, `Policy`, table or path of a policy file; None: COMMLIB_POLICY, else
+            "int8+ef" for DDP and "int8" for pipelines.
+        backward: of a pipeline, for the gradients of activations; None: as `policy`.
+        seed: of the random streams; None: what it was, at first 0.
+        timeout: seconds a collective or an agreement may take; None: the group's.
+
+    Raises: ValueError: something else, or used in a way that leaves no room for compression.
+    """
+    if isinstance(model, nn.Module):
+        if backward is not None:
+            raise ValueError(
+                f"backward={backward!r} is for pipelines, whose messages have two directions; a "
+                "DDP model sends gradients only"
+            )
+        return ddp.wrap(model, policy, seed=seed, timeout=timeout)
+    wrap_pipeline(model, policy, backward=backward, seed=seed, timeout=timeout)
+    return model
+
+
+def of(model: Any) -> Any:
+    """The state of a wrapped DDP model (`DDPState`) or pipeline (`Pipeline`).
+
+    Raises: ValueError: it is not wrapped. RuntimeError: it is a copy that lost its hook.
+    """
+    return ddp.of(model) if isinstance(model, nn.Module) else of_pipeline(model)
+
+
+def wrap_pipeline(
+    thing: Any,
+    policy: PolicyLike | None = None,
+    *,
+    backward: PolicyLike | None = None,
+    seed: int | None = None,
+    timeout: float | None = None,
+) -> Any:
+    """Compress what travels between the stages of a pipeline; returns the same object.
+
+    Every rank of the pipeline calls it, with the same arguments, before the first step. A second
+    call reconfigures: what is not given stays, but `policy` alone is for both directions; memory stays
+    unless something changes.
+
+    Mistakes are found before a step sends anything, and raise on all ranks. In a step a rank waits
+    inside the process group: of another one's failure it hears when that one's connection closes,
+    or when the group's timeout (`init_process_group`) is over.
+
+    Args:
+        thing: a schedule; or the stage, or the list of all stages, of this rank, which is enough
+            for schemes that need nothing of a step.
+        policy: for activations and, without `backward`, their gradients (`parse`).
+        backward: for the gradients of activations.
+        seed: of the random streams of stochastic codecs; None: what it was, at first 0.
+        timeout: seconds an agreement may take; None: the group's.
+
+    Raises: ValueError: a scheme that activations cannot have (error feedback), a mode that needs
+        the schedule. RuntimeError: ranks disagree.
+    """
+    stages, schedule = _parts(thing)
+    old = getattr(stages[0], "commlib_ports", None)
+    if old is not None and policy is None and backward is None:
+        parsed = old.policy
+    else:
+        parsed = parse(old.policy if old is not None and policy is None else policy, backward)
+    seed = (0 if old is None else old.seed) if seed is None else seed
+    if old is not None and (old.policy, old.seed) == (parsed, seed):
+        pipeline = old
+        if timeout is not None:
+            pipeline.set_timeout(timeout)
+    else:
+        facts = {} if schedule is None else {"microbatches": schedule._n_microbatches}
+        kind = type(thing).__name__ if schedule is not None else "stages"
+        pipeline = Pipeline(stages, parsed, kind, seed=seed, timeout=timeout, facts=facts)
+    if schedule is not None:
+        attach_schedule(schedule, pipeline)
+    elif refusal := _why_not(stages, pipeline):  # after the agreement: all ranks hear of it
+        for stage in stages:
+            detach(stage)
+        raise ValueError(refusal)
+    return thing
+
+
+def of_pipeline(thing: Any) -> Pipeline:
+    """What commlib knows of a wrapped schedule or stage. ValueError where it is not wrapped."""
+    stages, _ = _parts(thing)
+    found: Pipeline | None = getattr(stages[0], "commlib_ports", None)
+    if found is None:
+        raise ValueError("this pipeline is not wrapped; call commlib.wrap(schedule, policy) first")
+    return found
+
+
+def _parts(thing: Any) -> tuple[list[Any], Any]:
+    """The stages of this rank, and the schedule if that is what `thing` is."""
+    if isinstance(thing, list | tuple):
+        stages, schedule = list(thing), None
+    elif hasattr(thing, "_n_microbatches"):
+        schedule = thing
+        stages = list(thing._stages) if hasattr(thing, "_stages") else [thing._stage]
+    else:
+        stages, schedule = [thing], None
+    if not stages or not all(hasattr(stage, "get_fwd_recv_ops") for stage in stages):
+        raise ValueError(
+            f"wrap takes a pipeline schedule, a stage or a list of stages, got "
+            f"{type(thing).__name__}"
+        )
+    return stages, schedule
+
+
+def _why_not(stages: list[Any], pipeline: Pipeline) -> str:
+    """Why stages without their schedule are not enough; empty where they are."""
+    if pipeline.needs_ids or pipeline.needs_fresh:
+        return (
+            f"{pipeline.policy} must know of every step: wrap the schedule, whose step then takes "
+            "sample_ids= (+delta) or is_fresh= (+reuse)"
+        )
+    if stages[0].num_stages > stages[0].group_size * len(stages):
+        return (
+            f"this rank has more than the {len(stages)} of {stages[0].num_stages} stages given: "
+            "wrap the schedule, or a list of all stages of this rank"
+        )
+    return ""
+
+
+__all__ = ["DDPState", "Pipeline", "of", "wrap"]

@@ -1,0 +1,175 @@
+"""What a pipeline remembers, across a restart: the same run goes on, or all ranks hear why not."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import commlib
+from tests.integrations.pipeline_cases import (
+    BATCH,
+    WIDTH,
+    build,
+    error_of,
+    has,
+    ids,
+    rows,
+    same,
+    small_step,
+)
+from tests.processes import Pool
+
+pytestmark = pytest.mark.processes
+
+
+def saved(schedule: Any) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(commlib.of(schedule).state_dict(), file)
+    return file
+
+
+def load(schedule: Any, file: io.BytesIO) -> None:
+    file.seek(0)
+    commlib.of(schedule).load_state_dict(torch.load(file, weights_only=True))
+
+
+def a_thousand_messages() -> None:
+    """In both directions, with evictions; a restart in between changes no bit."""
+    policy = f"int4:round=stochastic+delta:cap={48 * 4 * WIDTH * 4}"
+    runs: dict[bool, list[Any]] = {}
+    for restart in (False, True):
+        schedule = commlib.wrap(build("1F1B"), policy, backward="int4+lep", seed=3)
+        runs[restart] = []
+        for step in range(63):
+            if restart and step == 31:
+                file, old = saved(schedule), schedule
+                schedule = commlib.wrap(build("1F1B"), policy, backward="int4+lep", seed=3)
+                for a, b in zip(
+                    schedule._stage.submod.parameters(),
+                    old._stage.submod.parameters(),
+                    strict=True,
+                ):
+                    a.grad = b.grad
+                load(schedule, file)
+            out = small_step(schedule, step, sample_ids=ids(step))
+            runs[restart].append(None if out is None else out.detach().clone())
+        runs[restart] += [p.grad.clone() for p in schedule._stage.submod.parameters()]
+        commlib.of(schedule).verify()
+        if dist.get_rank() == 0:
+            assert rows(schedule)["stage0.forward.to1"]["calls"] >= 250
+    for a, b in zip(runs[False], runs[True], strict=True):
+        assert (a is None and b is None) or same(a, b)
+
+
+def states() -> None:
+    """Checkpoints of every mode, moved to another store, and refused where they do not belong."""
+    cases: list[tuple[str, str, Any]] = [
+        ("int4+delta", "int4+lep:dtype=bf16", lambda step: {"sample_ids": ids(step)}),
+        ("int4+reuse", "int4+reuse", lambda step: {"is_fresh": step % 2 == 0}),
+        ("int4:round=stochastic", "int4+lep", lambda step: {}),
+    ]
+    for forward, backward, told in cases:
+        first = commlib.wrap(build("1F1B"), forward, backward=backward)
+        for step in range(3):
+            small_step(first, step, **told(step))
+        file = saved(first)
+        other = forward.replace("+delta", "+delta:store=disk")
+        second = commlib.wrap(build("1F1B"), other, backward=backward)
+        if "lep" in backward:
+            state = commlib.of(first).state_dict()
+            assert state["boundaries"]["stage1.backward.to0"]["compressor"]
+        load(second, file)
+        assert commlib.of(second).state_dict().keys() == commlib.of(first).state_dict().keys()
+        for p in second._stage.submod.parameters():
+            p.grad = None
+        for p in first._stage.submod.parameters():
+            p.grad = None
+        for step in range(3, 6):
+            a, b = (small_step(s, step, **told(step)) for s in (first, second))
+            assert a is None or same(a, b)
+        for p, q in zip(
+            first._stage.submod.parameters(), second._stage.submod.parameters(), strict=True
+        ):
+            assert same(p.grad, q.grad)  # type: ignore[arg-type]
+    third = commlib.wrap(build("1F1B"), "int8")
+    has(error_of(lambda: load(third, file), ValueError), ["int8", "int4", "load it where"])
+    state = commlib.of(third).state_dict()
+    state["rank"] = 1 - state["rank"]
+    has(error_of(lambda: commlib.of(third).load_state_dict(state), ValueError), ["rank"])
+
+
+def loaded_on_one_rank(policy: str, told: dict[str, Any]) -> None:
+    """All ranks hear of it, and may all forget and go on."""
+    first = commlib.wrap(build("1F1B"), policy)
+    for step in range(3):
+        small_step(first, step, **told)
+    file = saved(first)
+    second = commlib.wrap(build("1F1B"), policy, timeout=20.0)
+    if dist.get_rank() == 0:
+        load(second, file)
+    sent = commlib.of(second).transport.bytes_sent
+    has(
+        error_of(lambda: small_step(second, 3, **told), RuntimeError),
+        ["disagree" if told else "memory"],
+    )
+    assert commlib.of(second).transport.bytes_sent == sent
+    if told:
+        commlib.of(second).reset()
+        small_step(second, 3, **told)
+        commlib.of(second).verify()
+
+
+def one_rank_forgets() -> None:
+    """reset() on one rank only is found before a message of another size is sent."""
+    schedule = commlib.wrap(build("1F1B"), "int4+delta")
+    told = {"sample_ids": list(range(BATCH))}
+    small_step(schedule, 0, **told)
+    if dist.get_rank() == 1:
+        commlib.of(schedule).reset()
+    has(error_of(lambda: small_step(schedule, 1, **told), RuntimeError), ["disagree", "history"])
+    commlib.of(schedule).reset()
+    small_step(schedule, 1, **told)
+    commlib.of(schedule).verify()
+    if dist.get_rank() == 1:
+        commlib.of(schedule).reset()
+    text = error_of(commlib.of(schedule).verify, RuntimeError)
+    has(text, ["stage0.forward.to1", "ranks 0 and 1", "reset()"])
+
+
+def tampered() -> None:
+    """One changed value in one rank's file: an error on all ranks, naming the boundary."""
+    told = {"sample_ids": list(range(BATCH))}
+    first = commlib.wrap(build("1F1B"), "int4+delta")
+    small_step(first, 0, **told)
+    state = commlib.of(first).state_dict()
+    if dist.get_rank() == 1:
+        state["boundaries"]["stage0.forward.to1"]["references"]["rows"][3, 7] += 1.0
+    second = commlib.wrap(build("1F1B"), "int4+delta", timeout=20.0)
+    commlib.of(second).load_state_dict(state)
+    text = error_of(lambda: small_step(second, 1, **told), RuntimeError)
+    has(text, ["rank 1", "stage0.forward.to1", "checksum"])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [a_thousand_messages, states, one_rank_forgets, tampered],
+    ids=lambda case: case.__name__,
+)
+def test_state(pool: Pool, case: Any) -> None:
+    pool.run(case, ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("policy", "told"),
+    [
+        ("int4+delta", {"sample_ids": list(range(BATCH))}),
+        ("int4+reuse", {"is_fresh": True}),
+        ("int8", {}),
+    ],
+)
+def test_loaded_on_one_rank(pool: Pool, policy: str, told: dict[str, Any]) -> None:
+    pool.run(loaded_on_one_rank, policy, told, ranks=2)
