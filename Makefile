@@ -12,10 +12,13 @@ GPU_PYTHON ?= python3
 CHECKS ?=
 BENCHES ?=
 
-.PHONY: demo test lint bench loss faults compile-matrix test-cuda gpu gpu-check gpu-bench clean
+.PHONY: demo demo-pipeline test lint bench loss faults compile-matrix test-cuda gpu gpu-check gpu-bench clean
 
 demo: $(VENV)/.installed-plot      ## four emulated hosts train a small GPT: plain DDP, bf16, int8+ef, int4+ef
 	$(BIN)/commlib demo $(ARGS)
+
+demo-pipeline: $(VENV)/.installed-plot   ## the same in 4 pipeline stages: activations raw, int8, int4, +lep, +delta, +reuse
+	$(BIN)/commlib demo --pipeline $(ARGS)
 
 loss: $(VENV)/.installed-plot      ## what each scheme costs in held-out loss, paired seeds, no network limit
 	$(BIN)/commlib demo --loss --seeds 3 $(ARGS)

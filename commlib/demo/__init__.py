@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..benchmark.units import parse_output
+from .words import numbers, positive, rate, words
 
 if TYPE_CHECKING:
     from .train import Config, Run
@@ -31,6 +32,9 @@ says so and runs on loopback.
                          under both optimizers on the small one. --model, --schemes, --optimizers
                          ask for one table instead
 
+  commlib demo --pipeline    instead: a pipeline of 4 stages, activations and their gradients
+                             compressed; its options: commlib demo --pipeline --help
+
 examples:
   commlib demo --rate 1gbit
   commlib demo --schemes int8+ef,int4+ef,sign+ef --json rows.jsonl
@@ -48,18 +52,20 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = top.add_argument
-    add("--schemes", type=_words, metavar="LIST", help="comma-separated "
+    add("--schemes", type=words, metavar="LIST", help="comma-separated "
         "(int8+ef,int4+ef); with --loss also core or all")  # fmt: skip
     add("--model", choices=("10M", "small"), help="10.9M or 0.9M parameters (10M)")
     add("--json", type=Path, metavar="FILE", help="write one JSON row per line")
     add("--plot", metavar="FILE", default="commlib-demo.png", help="the image, or none")
+    add("--pipeline", action="store_true", help="a pipeline of 4 stages instead of DDP; other "
+        "options, see --pipeline --help")  # fmt: skip
     network = top.add_argument_group("training over a slow network")
     add = network.add_argument
-    add("--rate", type=_rate, default="200mbit", metavar="RATE",
+    add("--rate", type=rate, default="200mbit", metavar="RATE",
         help="line rate of every host, such as 1gbit, or none: loopback (200mbit)")  # fmt: skip
-    add("--ranks", type=_positive, default=4, metavar="N", help="ranks to start (4)")
-    add("--rounds", type=_positive, default=6, metavar="N", help="turns of each method (6)")
-    add("--round", type=_positive, default=5, metavar="N", help="steps in a turn (5)")
+    add("--ranks", type=positive, default=4, metavar="N", help="ranks to start (4)")
+    add("--rounds", type=positive, default=6, metavar="N", help="turns of each method (6)")
+    add("--round", type=positive, default=5, metavar="N", help="steps in a turn (5)")
     add("--bucket-mb", type=float, default=3.0, metavar="MB", help="bucket_cap_mb of every DDP (3)")
     add("--target", type=float, metavar="LOSS", help="time to this held-out loss (default: the "
         "highest final loss of all methods)")  # fmt: skip
@@ -67,9 +73,9 @@ def parser() -> argparse.ArgumentParser:
     loss = top.add_argument_group("with --loss")
     add = loss.add_argument
     add("--loss", action="store_true", help="measure held-out loss instead of time")
-    add("--seeds", type=_positive, default=3, metavar="N", help="paired seeds 0 to N-1 (3)")
-    add("--steps", type=_numbers, default=(60, 300), metavar="LIST", help="measure after (60,300)")
-    add("--optimizers", type=_words, metavar="LIST", help="adamw, sgd (with momentum)")
+    add("--seeds", type=positive, default=3, metavar="N", help="paired seeds 0 to N-1 (3)")
+    add("--steps", type=numbers, default=(60, 300), metavar="LIST", help="measure after (60,300)")
+    add("--optimizers", type=words, metavar="LIST", help="adamw, sgd (with momentum)")
     add("--matmul", choices=("fp32", "bf16"), default="fp32", help="bf16: matmuls round their "
         "inputs to bfloat16, twice as fast where the CPU has it (fp32)")  # fmt: skip
     return top
@@ -78,6 +84,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `commlib demo` with these words and return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if "--pipeline" in words:
+        from .pipeline import main as pipeline
+
+        return pipeline([word for word in words if word != "--pipeline"])
     top = parser()
     args = top.parse_args(words)
     try:
@@ -183,29 +193,3 @@ def _checked(schemes: Sequence[str]) -> tuple[str, ...]:
     from ..policy import Scheme
 
     return tuple(str(Scheme.parse(text)) for text in schemes)
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(sorted(_positive(word) for word in _words(text)))
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def _rate(text: str) -> str | None:
-    from ..emulation import parse_rate
-
-    if text == "none":
-        return None
-    try:
-        parse_rate(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -58,8 +58,8 @@ def rows(
     result = []
     for run in runs:
         learns = run in trained
-        p20, p80 = _quantiles(run.seconds)
-        curve = _curve(run) if learns else []
+        p20, p80 = quantiles(run.seconds)
+        curve = curve_of(run) if learns else []
         result.append(
             Row(
                 scheme=run.method,
@@ -111,8 +111,8 @@ step: median, slowest rank from a barrier; MB/step: 1e6 bytes a rank sent, read 
 time over that of the step without communication, whose ranks train each their own weights."""
 
 
-def write_json(path: Path, rows: Sequence[Row]) -> None:
-    """Write one JSON object per row to `path`, replacing it."""
+def write_json(path: Path, rows: Sequence[Any]) -> None:
+    """Write one JSON object per row (a dataclass) to `path`, replacing it."""
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(asdict(row), allow_nan=False) + "\n")
@@ -120,19 +120,28 @@ def write_json(path: Path, rows: Sequence[Row]) -> None:
 
 def plot(path: Path, rows: Sequence[Row]) -> None:
     """Held-out loss over wall-clock training time, one line per method, as an image."""
+    title = f"{rows[0].parameters / 1e6:.1f}M-parameter GPT, {rows[0].ranks} ranks, {rows[0].link}"
+    lines = {f"{row.scheme}: {row.ms_p50:.0f} ms a step": row.curve for row in rows if row.curve}
+    draw(path, title, lines, rows[0].target)
+
+
+def draw(
+    path: Path,
+    title: str,
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    target: float | None = None,
+) -> None:
+    """Loss over training time, an image: (seconds, held-out loss) by label, a line at `target`."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for row in rows:
-        if row.curve:
-            seconds, losses = zip(*row.curve, strict=True)
-            label = f"{row.scheme}: {row.ms_p50:.0f} ms a step"
-            axes.plot(seconds, losses, marker="o", markersize=4, label=label)
-    axes.axhline(rows[0].target, color="grey", linewidth=0.8, linestyle=":")
+    for label, curve in lines.items():
+        seconds, losses = zip(*curve, strict=True)
+        axes.plot(seconds, losses, marker="o", markersize=4, label=label)
+    if target is not None:
+        axes.axhline(target, color="grey", linewidth=0.8, linestyle=":")
     axes.set_xlabel("training time, seconds")
     axes.set_ylabel("held-out loss, nats per byte")
-    axes.set_title(
-        f"{rows[0].parameters / 1e6:.1f}M-parameter GPT, {rows[0].ranks} ranks, {rows[0].link}"
-    )
+    axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -159,14 +168,15 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _quantiles(seconds: Sequence[float]) -> tuple[float, float]:
+def quantiles(seconds: Sequence[float]) -> tuple[float, float]:
+    """p20 and p80."""
     if len(seconds) < 2:
         return seconds[0], seconds[0]
     cuts = statistics.quantiles(seconds, n=5, method="inclusive")
     return cuts[0], cuts[-1]
 
 
-def _curve(run: Run) -> list[tuple[float, float]]:
+def curve_of(run: Run) -> list[tuple[float, float]]:
     """(training seconds so far, held-out loss) at every evaluation."""
     clock = [0.0, *accumulate(run.seconds)]
     return [(clock[steps], loss) for steps, loss in run.held_out]

@@ -126,8 +126,8 @@ class _Trainee:
         loss = self._backward(corpus, step)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        mine = [time.perf_counter() - start, (sent_bytes() - sent) / _sharers(), loss]
-        ranks = _gather(mine)
+        mine = [time.perf_counter() - start, (sent_bytes() - sent) / sharers(), loss]
+        ranks = gather(mine)
         self.run.seconds.append(ranks[:, 0].max().item())
         self.run.bytes.append(ranks[:, 1].mean().item())
         self.run.losses.append(ranks[:, 2].mean().item())
@@ -160,12 +160,12 @@ def parameters(model: str) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _sharers() -> int:
+def sharers() -> int:
     """Ranks behind one interface: on loopback its counter sees the bytes of all of them."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _gather(numbers: Sequence[float]) -> torch.Tensor:
+def gather(numbers: Sequence[float]) -> torch.Tensor:
     """The numbers of all ranks, one row per rank."""
     mine = torch.tensor(numbers, dtype=torch.float64)
     rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
@@ -174,4 +174,4 @@ def _gather(numbers: Sequence[float]) -> torch.Tensor:
 
 
 def _mean(number: float) -> float:
-    return float(_gather([number]).mean())
+    return float(gather([number]).mean())

@@ -1,0 +1,35 @@
+"""Words of the demos' command lines: what argparse makes of them."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(sorted(positive(word) for word in words(text)))
+
+
+def whole(text: str) -> int:
+    return 0 if text == "0" else positive(text)
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def rate(text: str) -> str | None:
+    from ..emulation import parse_rate
+
+    if text == "none":
+        return None
+    try:
+        parse_rate(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
