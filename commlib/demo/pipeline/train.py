@@ -30,6 +30,7 @@ from .stages import SHAPES, Alone, Stage, loss
 UNCOMPRESSED = "uncompressed"
 ALONE = "compute only"
 METHODS = (
+    "fp32",  # the tensors themselves: what commlib's order of receives and sends gives alone
     "bf16",
     "int8",
     "int4/int8",
