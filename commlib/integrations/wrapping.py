@@ -68,8 +68,8 @@ def wrap_pipeline(
     """Compress what travels between the stages of a pipeline; returns the same object.
 
     Every rank of the pipeline calls it, with the same arguments, before the first step. A second
-    call reconfigures: what is not given stays, but `policy` alone is for both directions; memory stays
-    unless something changes.
+    call reconfigures: what is not given stays, but `policy` alone is for both directions; memory
+    stays unless something changes.
 
     Mistakes are found before a step sends anything, and raise on all ranks. In a step a rank waits
     inside the process group: of another one's failure it hears when that one's connection closes,
