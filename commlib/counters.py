@@ -84,7 +84,8 @@ class DeviceCounters:
         """A scalar for `names`, at the furthest of them; groups that held one of them are gone."""
         steps = [self._steps.get(name, 0) for name in names]
         furthest = max((step for step in steps if isinstance(step, int)), default=0)
-        group = torch.full((), furthest, dtype=torch.int64, device=self._device)
+        with torch.inference_mode(False):  # training goes on with what evaluation began
+            group = torch.full((), furthest, dtype=torch.int64, device=self._device)
         for old in _different(steps):
             torch.maximum(group, old, out=group)
         for other in [other for other in self._groups if not set(names).isdisjoint(other)]:

@@ -44,6 +44,12 @@ class Pool:
         with self._lock:
             free = self._free.get(size)
             buffer = free.pop() if free else None
+        if torch.is_inference_mode_enabled():  # whoever has it next may not be in there
+            with torch.inference_mode(False):
+                return self._fitting(buffer, size, nbytes)
+        return self._fitting(buffer, size, nbytes)
+
+    def _fitting(self, buffer: torch.Tensor | None, size: int, nbytes: int) -> torch.Tensor:
         if buffer is None:
             buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
         # The same tensor object again where it fits: if a gloo thread were the last to hold one, it

@@ -18,7 +18,6 @@ remember: there tensors under these modes travel raw, all others as in training.
 from __future__ import annotations
 
 import math
-import os
 import time
 import weakref
 import zlib
@@ -34,6 +33,7 @@ from commlib.collectives import Pool
 from commlib.collectives.base import span
 from commlib.integrations.pipeline_checks import (
     USERS,
+    Unfit,
     check_fresh,
     check_shape,
     compare_ends,
@@ -52,14 +52,17 @@ from commlib.integrations.pipeline_edges import (
 )
 from commlib.integrations.pipeline_hooks import Samples, attach
 from commlib.integrations.pipeline_policy import told_policy
-from commlib.integrations.pipeline_wires import Due, decode, with_wire
+from commlib.integrations.pipeline_wires import Due, decode, sample, with_wire
 from commlib.modes import Delta, Reuse
-from commlib.plans import is_exact, single, why_raw
+from commlib.plans import is_exact, why_raw
 from commlib.policy import Policy, Scheme, TensorInfo
-from commlib.sampling import sample_errors
-from commlib.stamp import WIRE_VERSION
 from commlib.telemetry import Meter
 from commlib.transport import TorchTransport
+
+START_AGAIN = (
+    "The pipeline is aborted; wrap it again and go on from a checkpoint, on a new process group if "
+    "a rank is gone."
+)
 
 
 class Pipeline:
@@ -68,10 +71,9 @@ class Pipeline:
     Args:
         stages: of this rank.
         policy: of both directions, see `parse`.
-        kind: of schedule.
+        facts: what all ranks must have alike (`facts_of`).
         seed: of the random streams of stochastic codecs.
         timeout: seconds an agreement may take; None: the group's.
-        facts: what else all ranks must have alike.
 
     Every rank of the stages' group makes one, at the same place of its program.
 
@@ -82,13 +84,14 @@ class Pipeline:
         self,
         stages: Sequence[Any],
         policy: Policy,
-        kind: str,
+        facts: dict[str, Any],
         *,
         seed: int = 0,
         timeout: float | None = None,
-        facts: dict[str, Any] | None = None,
     ) -> None:
         first = stages[0]
+        if any(other.group is not first.group or other.device != first.device for other in stages):
+            raise ValueError("the stages of a rank have one group and one device between them")
         device = torch.device(first.device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -111,21 +114,16 @@ class Pipeline:
         self._number = 0  # of the step
         self._samples: list[list[int]] | None = None
         self._fresh: bool | None = None
+        self._exact = is_exact()  # in the last step
         self._begun: set[str] = set()
         self._history = 0  # a digest of all samples so far
-        text: dict[str, Any] = {
-            "op": "pipeline",
-            "key": kind,
-            "num_stages": first.num_stages,
-            "seed": seed,
-            "wire": WIRE_VERSION,
-            "COMMLIB_CHECK": os.environ.get("COMMLIB_CHECK", ""),
-        }
-        rules = enumerate(told_policy(policy).rules, 1)
-        text |= {f"policy, rule {number}": str(rule.to_dict()) for number, rule in rules}
-        self._agreement.agree(text | (facts or {}))
+        self.confirm(facts)
         for stage in stages:
             attach(stage, self)
+
+    def confirm(self, facts: dict[str, Any]) -> None:
+        """All ranks come with the same facts. RuntimeError says who does not, and in what."""
+        self._agreement.agree({"op": "pipeline", **facts})
 
     @property
     def stages(self) -> list[Any]:
@@ -135,15 +133,12 @@ class Pipeline:
     @property
     def needs_ids(self) -> bool:
         """Whether a training step needs the ids of its samples."""
-        return self._remembers(Delta)
+        return any(isinstance(rule.scheme.feedback, Delta) for rule in self.policy.rules)
 
     @property
     def needs_fresh(self) -> bool:
         """Whether a training step must say if its batch is fresh."""
-        return self._remembers(Reuse)
-
-    def _remembers(self, mode: type[Delta] | type[Reuse]) -> bool:
-        return any(isinstance(rule.scheme.feedback, mode) for rule in self.policy.rules)
+        return any(isinstance(rule.scheme.feedback, Reuse) for rule in self.policy.rules)
 
     # What users ask of it.
 
@@ -228,18 +223,26 @@ class Pipeline:
         self._samples, self._fresh = None, None
         self._begun.clear()
         self._steady, self._trained = self._trained and training, training
+        if (exact := is_exact()) != self._exact:  # what travels is another thing: compare it again
+            self._exact, self._unknown = exact, True
         if training and not is_exact() and (self.needs_ids or self.needs_fresh):
             self._agree(what, microbatches, sample_ids, is_fresh)
         self._stepping = True
         try:
             yield
+            self._pool.give(*self._sent)
+        except Unfit:  # on all ranks, before anything was sent
+            self._unknown = True
+            raise
         except Exception as error:
             if self._failed(what, error):
                 raise
             raise RuntimeError(self.aborted) from error
+        except BaseException:
+            self.aborted = f"{what} was interrupted. {START_AGAIN}"
+            raise
         finally:
             self._stepping = False
-            self._pool.give(*self._sent)
             self._sent.clear()
 
     def _agree(
@@ -296,8 +299,7 @@ class Pipeline:
         others = self._agreement.roll_call(what, root if ours else RuntimeError(text))
         self.aborted = (
             f"{what} failed at stage {names} (rank {rank} of {size}): {text}. {others}. "
-            "The pipeline is aborted; go on from a checkpoint, on a new process group if a rank is "
-            "gone."
+            f"{START_AGAIN}"
         )
         if not ours:
             error.add_note(self.aborted)
@@ -328,14 +330,8 @@ class Pipeline:
     def _coded(
         self, boundary: Boundary, direction: str, microbatch: int, x: torch.Tensor
     ) -> torch.Tensor:
-        # of what is coded itself, and where the host need not wait for the device
-        whole = not isinstance(boundary.scheme.feedback, Delta | Reuse) and not x.is_cuda
-        if whole and self.meter.due(boundary.key):
-            plan = single(direction, boundary.scheme, boundary.key, x.numel(), x.dtype)
-            flat = x.detach().contiguous().view(-1)
-            sample_errors(
-                self.meter, plan.messages[0], flat, microbatch, lambda t, then: then(t.tolist())
-            )
+        if self.meter.due(boundary.key):
+            sample(self.meter, boundary, x)
         start, nbytes = time.perf_counter(), boundary.nbytes(microbatch)
         if self._stepping:
             wire = self._pool.take(nbytes)
@@ -395,9 +391,10 @@ class Pipeline:
             *shape,
             scheme,
         ):
-            boundary = Boundary(
-                edge.key, scheme, *shape, device=self.transport.device, seed=self.seed
-            )
+            old, device = boundary, self.transport.device
+            boundary = Boundary(edge.key, scheme, *shape, device=device, seed=self.seed)
+            if old is not None:
+                boundary.follow(old)
             self._boundaries[edge.key] = boundary
             self._begun.discard(edge.key)
             if edge.key in self._saved:
@@ -419,7 +416,7 @@ class Pipeline:
     def _meet(self) -> None:
         """After the stages learnt what travels between them: compare that among all ranks.
 
-        Raises: RuntimeError on all ranks, naming what does not fit.
+        Raises: Unfit on all ranks, naming what does not fit.
         """
         if not self._unknown:
             return
@@ -447,4 +444,5 @@ class Pipeline:
         dtype = str(shape.dtype).removeprefix("torch.")
         boundary = self._boundaries.get(edge.key)
         memory = f", memory {boundary.history():08x}" if boundary is not None else ""
-        return f"{dtype} {list(shape.sizes)} as {told(self._scheme(edge, shape))}{memory}"
+        scheme = "exact" if is_exact() else str(told(self._scheme(edge, shape)))
+        return f"{dtype} {list(shape.sizes)} as {scheme}{memory}"

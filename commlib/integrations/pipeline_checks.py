@@ -10,8 +10,14 @@ import torch
 from commlib.integrations.pipeline_edges import Edge, Shape
 from commlib.integrations.pipeline_hooks import Samples
 
+MOST = 1 << 63
+"""Sample ids are below this."""
 USERS = (NotImplementedError, RecursionError, torch.OutOfMemoryError)
 """Kinds of RuntimeError that a model raises and no exchange does."""
+
+
+class Unfit(RuntimeError):
+    """Stages do not fit together, found by all ranks before anything was sent."""
 
 
 def check_fresh(is_fresh: bool | None) -> None:
@@ -34,9 +40,10 @@ def samples_of(sample_ids: Samples | None, microbatches: int) -> list[list[int]]
             "a step under +delta needs sample_ids=, one id per sample of the whole batch, on every "
             "stage: schedule.step(sample_ids=ids)"
         )
-    ids = sample_ids.tolist() if isinstance(sample_ids, torch.Tensor) else list(sample_ids)
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise ValueError(f"sample_ids are whole numbers, got {ids[:8]}")
+    given: Any = sample_ids  # torch's and NumPy's have tolist()
+    ids = given.tolist() if hasattr(given, "tolist") else list(given)
+    if not all(isinstance(i, int) and not isinstance(i, bool) and -MOST <= i < MOST for i in ids):
+        raise ValueError(f"sample_ids are whole numbers of up to 64 bits, got {ids[:8]}")
     if len(ids) % microbatches or not ids:
         raise ValueError(f"{len(ids)} sample_ids do not make {microbatches} equal micro-batches")
     if len(set(ids)) != len(ids):
@@ -56,11 +63,11 @@ def compare_ends(said: Sequence[Any]) -> None:
     said: by rank, a complaint or "", and rows of "sends" or "receives", the boundary's name, and
         what its end expects, None where it does not know.
 
-    Raises: RuntimeError naming them.
+    Raises: Unfit naming them.
     """
     complaints = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(said) if text]
     if complaints:
-        raise RuntimeError("; ".join(complaints))
+        raise Unfit("; ".join(complaints))
     found: dict[str, dict[str, str | None]] = {"sends": {}, "receives": {}}
     for _, rows in said:
         for end, key, text in rows:
@@ -71,7 +78,7 @@ def compare_ends(said: Sequence[Any]) -> None:
         if None not in (sent, received) and sent != received:
             wrong.append(f"{key}: one end sends {sent}, the other expects {received}")
     if wrong:
-        raise RuntimeError(
+        raise Unfit(
             f"the stages do not fit together: {'; '.join(wrong)}. Neighbouring stages need the "
             "same shapes and dtypes, and all ranks the same policy and checkpoint"
         )

@@ -10,6 +10,7 @@ from commlib.boundary import told
 from commlib.integrations.pipeline_edges import ROLES
 from commlib.modes import Plain, Reuse
 from commlib.policy import Policy, Role, Rule, Scheme, check_mode
+from commlib.stamp import WIRE_VERSION
 
 PolicyLike = str | Scheme | Policy | dict[str, Any]
 
@@ -25,7 +26,13 @@ def parse(policy: PolicyLike | None, backward: PolicyLike | None) -> Policy:
 
     Raises: ValueError: error feedback, a mode in the wrong direction, "auto".
     """
-    forward = _parsed(policy or os.environ.get("COMMLIB_POLICY") or DEFAULT)
+    named = os.environ.get("COMMLIB_POLICY")
+    if policy is None and named:
+        try:
+            return parse(named, backward)
+        except ValueError as error:
+            raise ValueError(f"COMMLIB_POLICY={named!r}, and wrap got none: {error}") from error
+    forward = _parsed(policy or DEFAULT)
     if backward is None and not _is_scheme(forward):
         _refuse(forward, *ROLES.values())
         return forward
@@ -42,6 +49,18 @@ def parse(policy: PolicyLike | None, backward: PolicyLike | None) -> Policy:
 def told_policy(policy: Policy) -> Policy:
     """What all ranks must have alike: not where each keeps its references."""
     return Policy(tuple(replace(rule, scheme=told(rule.scheme)) for rule in policy.rules))
+
+
+def facts_of(stage: Any, policy: Policy, kind: str, seed: int) -> dict[str, Any]:
+    """What all ranks of a pipeline must have alike."""
+    rules = enumerate(told_policy(policy).rules, 1)
+    return {
+        "key": kind,
+        "num_stages": stage.num_stages,
+        "seed": seed,
+        "wire": WIRE_VERSION,
+        "COMMLIB_CHECK": os.environ.get("COMMLIB_CHECK", ""),
+    } | {f"policy, rule {number}": str(rule.to_dict()) for number, rule in rules}
 
 
 def _parsed(policy: PolicyLike) -> Policy:

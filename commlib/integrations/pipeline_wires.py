@@ -7,6 +7,10 @@ from typing import Any, NamedTuple
 import torch
 
 from commlib.boundary import Boundary
+from commlib.modes import Delta, Reuse
+from commlib.plans import single
+from commlib.sampling import sample_errors
+from commlib.telemetry import Meter
 
 
 class Due(NamedTuple):
@@ -16,6 +20,17 @@ class Due(NamedTuple):
     wire: torch.Tensor  # what it is received into
     x: torch.Tensor  # the stage's own buffer
     work: Any  # None: the schedule waits for it
+
+
+def sample(meter: Meter, boundary: Boundary, x: torch.Tensor) -> None:
+    """Measure what coding does to `x` by itself.
+
+    Not where its difference is coded, nor on a device, which the host would wait for.
+    """
+    if not x.is_cuda and not isinstance(boundary.scheme.feedback, Delta | Reuse):
+        plan = single("send", boundary.scheme, boundary.key, x.numel(), x.dtype)
+        flat = x.detach().contiguous().view(-1)
+        sample_errors(meter, plan.messages[0], flat, 0, lambda t, then: then(t.tolist()))
 
 
 def decode(boundary: Boundary, wire: torch.Tensor, x: torch.Tensor, microbatch: int) -> None:

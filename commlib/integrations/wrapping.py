@@ -10,7 +10,7 @@ from commlib.integrations import ddp
 from commlib.integrations.ddp import DDPState
 from commlib.integrations.pipeline import Pipeline
 from commlib.integrations.pipeline_hooks import attach_schedule, detach
-from commlib.integrations.pipeline_policy import PolicyLike, parse
+from commlib.integrations.pipeline_policy import PolicyLike, facts_of, parse
 
 Thing = TypeVar("Thing")
 
@@ -93,14 +93,20 @@ def wrap_pipeline(
     else:
         parsed = parse(old.policy if old is not None and policy is None else policy, backward)
     seed = (0 if old is None else old.seed) if seed is None else seed
+    kind = "stages" if schedule is None else type(schedule).__name__
+    facts = facts_of(stages[0], parsed, kind, seed)
+    if schedule is not None:
+        facts["microbatches"] = schedule._n_microbatches
+    if old is not None and old.aborted:
+        old = None
+    if old is not None:  # whether it stays or goes, on all ranks alike
+        old.confirm(facts)
     if old is not None and (old.policy, old.seed) == (parsed, seed):
         pipeline = old
         if timeout is not None:
             pipeline.set_timeout(timeout)
     else:
-        facts = {} if schedule is None else {"microbatches": schedule._n_microbatches}
-        kind = type(thing).__name__ if schedule is not None else "stages"
-        pipeline = Pipeline(stages, parsed, kind, seed=seed, timeout=timeout, facts=facts)
+        pipeline = Pipeline(stages, parsed, facts, seed=seed, timeout=timeout)
     if schedule is not None:
         attach_schedule(schedule, pipeline)
     elif refusal := _why_not(stages, pipeline):  # after the agreement: all ranks hear of it

@@ -55,10 +55,11 @@ def while_busy() -> list[bool]:
     for _ in range(2):  # connections and kernels are made
         dist.send(x, 1, scheme="int8") if rank == 0 else dist.recv(x, 0, scheme="int8")
     x.zero_()
+    wanted = gpu(1, NUMEL)
     torch.cuda.synchronize()
     torch_dist.barrier()
     event = busy()
-    x.copy_(gpu(1, NUMEL)) if rank == 0 else None
+    x.copy_(wanted) if rank == 0 else None
     work = dist.isend(x, 1, scheme="int8") if rank == 0 else dist.irecv(x, 0, scheme="int8")
     work.wait()
     still_busy = not event.query()

@@ -137,6 +137,32 @@ def frontends() -> None:
     assert schedule._stage._inference_mode == InferenceMode.STATIC
 
 
+def inference_before_training() -> None:
+    """Buffers made in inference mode cannot be written to outside of it."""
+    schedule = commlib.wrap(build(), "int8:round=stochastic")
+    with torch.inference_mode():
+        call(schedule, evaluate=True)
+    trained = train(schedule, 2)
+    fresh = commlib.wrap(build(), "int8:round=stochastic")
+    assert not trained.equals(train(fresh, 2))  # no number is drawn twice
+
+
+def wrapped_again() -> None:
+    """Aborted or in disagreement, a pipeline is not handed back as it was."""
+    rank, schedule = dist.get_rank(), commlib.wrap(build(), "int8")
+    train(schedule, 1)
+    text = error_of(lambda: commlib.wrap(schedule, ("int8", "int4")[rank]), RuntimeError)
+    has(text, ["disagree", "int8", "int4"])
+    train(schedule, 1)
+    first = commlib.of(schedule)
+    assert commlib.of(commlib.wrap(schedule, "int8")) is first
+    first.aborted = "for this test"
+    second = commlib.of(commlib.wrap(schedule, "int8"))
+    assert second is not first
+    assert not second.aborted
+    train(schedule, 1)
+
+
 def without_loss() -> None:
     """A schedule that only runs forward, and torch's own class for that."""
     for make in (
@@ -254,6 +280,8 @@ def nothing_holds_the_group() -> None:
     ("case", "ranks"),
     [
         (frontends, 2),
+        (inference_before_training, 2),
+        (wrapped_again, 2),
         (without_loss, 2),
         (wrapping_stages, 2),
         (two_pipelines_in_one_group, 2),

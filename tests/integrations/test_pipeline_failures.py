@@ -84,8 +84,8 @@ def shapes_that_differ() -> None:
     text = error_of(lambda: call(schedule), RuntimeError)
     assert time.monotonic() - start < 10
     has(text, ["stage0.forward.to1", "[4, 32, 64]", "[4, 32, 128]", "same shapes"])
-    has(error_of(lambda: call(schedule), RuntimeError), ["takes no more steps"])
-    has(error_of(commlib.of(schedule).state_dict, RuntimeError), ["did not arrive"])
+    assert error_of(lambda: call(schedule), RuntimeError) == text  # nothing was sent: nothing broke
+    commlib.of(schedule).state_dict()
 
 
 def a_batch_of_another_size() -> None:
