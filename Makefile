@@ -23,8 +23,9 @@ demo-pipeline: $(VENV)/.installed-plot   ## the same in 4 pipeline stages: activ
 loss: $(VENV)/.installed-plot      ## what each scheme costs in held-out loss, paired seeds, no network limit
 	$(BIN)/commlib demo --loss --seeds 3 $(ARGS)
 
+# Two at a time: the tests wait for peers and timeouts half of their time.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -27,7 +27,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-SAME_PTX = {86: 80, 89: 80}
+SAME_PTX = {86: 80, 89: 80, 120: 100}
 """Numba's PTX for the second is assembled for the first: its generation takes most of the time."""
 CUPY, NUMBA = "cupy_cuda", "numba_cuda"
 
