@@ -11,6 +11,7 @@ import pytest
 
 from commlib import __version__, emulation
 from commlib.cli import main, parser
+from commlib.emulation import network
 
 GROUND = {"gloo fp32", "gloo bf16", "noop", "raw a2a"}
 
@@ -125,7 +126,7 @@ def test_where_hosts_cannot_be_emulated_it_says_so_and_uses_loopback(
         seen.extend([argv, options["rate"]])
         return 0
 
-    monkeypatch.setattr(emulation, "available", lambda: "unshare is not permitted")
+    monkeypatch.setattr(network, "available", lambda: "unshare is not permitted")
     monkeypatch.setattr(emulation, "spawn", spawn)
     assert main(["bench", "all_reduce", "--rate", "1gbit"]) == 0
     assert "unshare is not permitted" in capsys.readouterr().err

@@ -54,14 +54,7 @@ def collective(args: argparse.Namespace) -> int:
 
 def _start_ranks(args: argparse.Namespace) -> int:
     """This command again, once per rank; what is decided here is passed on."""
-    rate = args.rate
-    if rate and (reason := emulation.available()) is not None:
-        print(
-            f"commlib: no emulated hosts here ({reason}); running on loopback without a rate "
-            "limit, so these times say nothing about a slow network",
-            file=sys.stderr,
-        )
-        rate = None
+    rate = emulation.rate_here(args.rate)
     link = args.link or (f"{args.ranks} emulated hosts, {rate}" if rate else "loopback")
     words = ["bench", args.op, "--schemes", ",".join(args.schemes), "--link", link]
     for name in ("min", "max", "factor", "budget", "timeout", "seed"):

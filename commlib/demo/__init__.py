@@ -83,13 +83,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `commlib demo` with these words and return the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if "--pipeline" in words:
+    given = list(sys.argv[1:] if argv is None else argv)
+    if "--pipeline" in given:
         from .pipeline import main as pipeline
 
-        return pipeline([word for word in words if word != "--pipeline"])
+        return pipeline([word for word in given if word != "--pipeline"])
     top = parser()
-    args = top.parse_args(words)
+    args = top.parse_args(given)
     try:
         if args.json:
             parse_output(str(args.json))
@@ -104,10 +104,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         top.error(str(error))
     if "RANK" in os.environ:
         return _join(args, schemes)
-    return _start(args, words)
+    return _start(args, given)
 
 
-def _start(args: argparse.Namespace, words: list[str]) -> int:
+def _start(args: argparse.Namespace, given: list[str]) -> int:
     """This command again, once per rank."""
     from .. import emulation
 
@@ -115,24 +115,17 @@ def _start(args: argparse.Namespace, words: list[str]) -> int:
         from .report import check_plot
 
         check_plot()
-    rate = args.rate
-    if rate and (reason := emulation.available()) is not None:
-        print(
-            f"commlib: no emulated hosts here ({reason}); running on loopback without a rate "
-            "limit, so these times say nothing about a slow network",
-            file=sys.stderr,
-        )
-        rate = None
+    rate = emulation.rate_here(args.rate)
     link = args.link or (f"{args.ranks} emulated hosts, {rate}" if rate else "loopback")
-    command = [sys.executable, "-m", "commlib.demo", *words, "--link", link]
+    command = [sys.executable, "-m", "commlib.demo", *given, "--link", link]
     return emulation.spawn(command, args.ranks, rate=rate, timeout=_TIMEOUT)
 
 
 def _join(args: argparse.Namespace, schemes: tuple[str, ...]) -> int:
     """Be one rank."""
     import torch.distributed as dist
-    from tqdm import tqdm
 
+    from .progress import bar
     from .train import Config, train
 
     config = Config(
@@ -148,21 +141,7 @@ def _join(args: argparse.Namespace, schemes: tuple[str, ...]) -> int:
         print(f"{config.steps} steps by each of: {', '.join(config.methods)}", flush=True)
     dist.init_process_group("gloo")
     try:
-        with tqdm(
-            total=config.steps * len(config.methods),
-            unit="step",
-            disable=not first,
-            leave=False,
-            smoothing=0,  # methods take turns: only the mean over all of them tells the end
-            mininterval=0.1 if sys.stderr.isatty() else 15,
-        ) as bar:
-            bar.set_description("reading text, compiling kernels")
-
-            def progress(run: Run) -> None:
-                bar.set_description(f"{run.method:>16}")
-                bar.set_postfix(loss=f"{run.losses[-1]:.3f}", ms=f"{1e3 * run.seconds[-1]:.0f}")
-                bar.update()
-
+        with bar(config.steps * len(config.methods), shown=first) as progress:
             runs = train(config, progress)
         if first:
             _report(args, config, runs, dist.get_world_size())

@@ -5,7 +5,14 @@
 namespace where the system permits one; `available()` says why not. No packet leaves the machine.
 """
 
-from commlib.emulation.network import Network, available, burst_bytes, parse_rate, sent_bytes
+from commlib.emulation.network import (
+    Network,
+    available,
+    burst_bytes,
+    parse_rate,
+    rate_here,
+    sent_bytes,
+)
 from commlib.emulation.ranks import spawn
 
-__all__ = ["Network", "available", "burst_bytes", "parse_rate", "sent_bytes", "spawn"]
+__all__ = ["Network", "available", "burst_bytes", "parse_rate", "rate_here", "sent_bytes", "spawn"]

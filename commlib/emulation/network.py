@@ -19,6 +19,7 @@ import os
 import re
 import select
 import subprocess
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -232,3 +233,15 @@ def available() -> str | None:
             return None
     except RuntimeError as error:
         return str(error)
+
+
+def rate_here(rate: str | None) -> str | None:
+    """`rate` where hosts can be emulated; else None, loopback, which is said on stderr."""
+    if rate is None or (reason := available()) is None:
+        return rate
+    print(
+        f"commlib: no emulated hosts here ({reason}); running on loopback without a rate limit, so "
+        "these times say nothing about a slow network",
+        file=sys.stderr,
+    )
+    return None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -134,14 +134,7 @@ def _start(args: argparse.Namespace, given: list[str]) -> int:
         from ..report import check_plot
 
         check_plot()
-    wanted = None if args.loss else args.rate
-    if wanted and (reason := emulation.available()) is not None:
-        print(
-            f"commlib: no emulated hosts here ({reason}); running on loopback without a rate "
-            "limit, so these times say nothing about a slow network",
-            file=sys.stderr,
-        )
-        wanted = None
+    wanted = emulation.rate_here(None if args.loss else args.rate)
     command = [sys.executable, "-m", "commlib.demo", "--pipeline", *given]
     if wanted is None:
         command += ["--link", args.link or "loopback", "--rate", "none"]
@@ -179,6 +172,7 @@ def _train(args: argparse.Namespace, config: Config) -> None:
 
     from ...emulation import parse_rate
     from ..data import load
+    from ..progress import bar
     from .train import train, trainees
 
     first = dist.get_rank() == 0
@@ -197,29 +191,6 @@ def _train(args: argparse.Namespace, config: Config) -> None:
         runs = train(config, made, corpus, progress)
     if first:
         _report(args, config, runs, bits, dist.get_world_size())
-
-
-@contextmanager
-def bar(steps: int, *, shown: bool) -> Iterator[Callable[[Run], None]]:
-    """A progress bar, as something to call after each step."""
-    from tqdm import tqdm
-
-    with tqdm(
-        total=steps,
-        unit="step",
-        disable=not shown,
-        leave=False,
-        smoothing=0,  # methods take turns: only the mean over all of them tells the end
-        mininterval=0.1 if sys.stderr.isatty() else 15,
-    ) as drawn:
-        drawn.set_description("reading text, compiling kernels")
-
-        def progress(run: Run) -> None:
-            drawn.set_description(f"{run.method:>22}")
-            drawn.set_postfix(loss=f"{run.losses[-1]:.3f}", ms=f"{1e3 * run.seconds[-1]:.0f}")
-            drawn.update()
-
-        yield progress
 
 
 def _calibrate(folder: Path, config: Config, made: Sequence[Trainee]) -> Line:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...benchmark.rows import origin
 from ..data import Corpus, Pair, load
+from ..progress import bar
 from .report import Bar, bar_table
 from .train import UNCOMPRESSED, Config, Feed, Method, Run, Trainee
 
@@ -60,8 +61,6 @@ def measure(
 
     pretrain: steps of the uncompressed model before; 0: from scratch at the full learning rate.
     """
-    from . import bar
-
     torch.set_num_threads(1)
     first = dist.get_rank() == 0
     steps = epochs * config.sequences // config.batch
