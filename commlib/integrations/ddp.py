@@ -11,7 +11,6 @@ No `from __future__ import annotations` here: DDP compares the hook's annotation
 """
 
 import logging
-import os
 from typing import Any, TypeVar, cast
 
 import torch
@@ -28,14 +27,12 @@ from commlib.integrations.ddp_refusals import (
     check,
     device_of,
 )
-from commlib.policy import Policy, Scheme
+from commlib.integrations.state import PolicyLike, State
 
 log = logging.getLogger("commlib")
 
 Model = TypeVar("Model", bound=nn.Module)
-PolicyLike = str | Scheme | Policy | dict[str, Any]
-
-DEFAULT = "int8+ef"
+GRADIENTS = "gradients"  # the name of the one communicator
 COMPILED = "_orig_mod."  # torch.compile's prefix: a state must fit the model compiled or not
 
 
@@ -121,7 +118,7 @@ def hook(
     return state._reduce(bucket)
 
 
-class DDPState:
+class DDPState(State):
     """What commlib knows about one DDP model on this rank.
 
     Made by `wrap`, or by hand where a framework registers the hook itself. By hand no model is
@@ -148,78 +145,26 @@ class DDPState:
         seed: int = 0,
         timeout: float | None = None,
     ) -> None:
-        self.policy: Policy | str = _parsed(policy or os.environ.get("COMMLIB_POLICY") or DEFAULT)
-        self.seed = seed
-        self.timeout = timeout
+        super().__init__(policy, seed=seed, timeout=timeout)
         self._group = process_group
         self._device: torch.device | None = None  # of the model
         self._find_unused = find_unused_parameters
         self._names: dict[torch.Tensor, str] = {}
-        self._communicator: Communicator | None = None
-        self._saved: dict[str, Any] | None = None  # loaded once there is a communicator
         self._detached = False
 
     @property
     def communicator(self) -> Communicator:
         """The communicator of the model's group; the first access makes it, on all ranks alike."""
-        if self._communicator is None:
-            self._communicator = channel.communicator(
-                self._group,
-                self.policy,
-                seed=self.seed,
-                timeout=self.timeout,
-                device=self._device,
-            )
-            if self._saved is not None:
-                saved, self._saved = self._saved, None
-                self._restore(saved)
-        return self._communicator
+        return self.communicators[GRADIENTS]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Residuals and step counters by parameter name: tensors, numbers and strings only.
+    def _open(self) -> dict[str, Communicator]:
+        made = channel.communicator(
+            self._group, self.policy, seed=self.seed, timeout=self.timeout, device=self._device
+        )
+        return {GRADIENTS: made}
 
-        They belong to this rank: save one file per rank. A resumed run is bitwise the uninterrupted
-        one.
-        """
-        communicator = self.communicator
-        return {
-            "rank": communicator.rank,
-            "world_size": communicator.size,
-            "memory": communicator.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()` of the same rank in a group of the same size.
-
-        Raises:
-            ValueError: the state is another rank's or comes from another number of ranks.
-        """
-        complaint = self._mismatch(state)
-        if complaint:
-            raise ValueError(f"{complaint}; to start from zero residuals call reset() instead")
-        self.communicator.load_state_dict(state["memory"])
-
-    def stats(self) -> str:
-        """A table of what travelled: raw and wire bytes, seconds, sampled error."""
-        return self.communicator.stats()
-
-    def reset(self) -> None:
-        """Forget all residuals: after a jump in the loss, or weights loaded from elsewhere."""
-        self.communicator.reset()
-
-    def rescale(self, factor: float) -> None:
-        """Multiply all residuals by `factor`: after the loss scale changed by that factor."""
-        self.communicator.rescale(factor)
-
-    def memory_bytes(self) -> int:
-        """Bytes of residuals held on this rank."""
-        return self.communicator.memory_bytes()
-
-    def close(self) -> None:
-        """Stop the communicator; the next use makes another one, without residuals."""
-        if self._communicator is not None:
-            channel.retire(self._communicator)
-            self._communicator = None
+    def _place(self) -> tuple[int, int]:
+        return self.communicator.rank, self.communicator.size
 
     # What wrap, of and hook do with a state.
 
@@ -259,42 +204,10 @@ class DDPState:
             self._group, self._device = ddp.process_group, device
         self.communicator.warmup()  # what fails or takes long does so here, not in backward
 
-    def _reconfigure(
-        self, policy: PolicyLike | None, seed: int | None, timeout: float | None
-    ) -> None:
-        new = self.policy if policy is None else _parsed(policy)
-        if new != self.policy:
-            self._saved = None
-        elif self._communicator is not None:
-            self._saved = self.state_dict()
-        self.policy = new
-        self.seed = self.seed if seed is None else seed
-        self.timeout = self.timeout if timeout is None else timeout
-        self.close()
-
-    def _mismatch(self, state: dict[str, Any]) -> str:
-        """Why `state` cannot continue here; empty where it can."""
-        here = (self.communicator.rank, self.communicator.size)
-        there = (state["rank"], state["world_size"])
-        if here == there:
-            return ""
-        return (
-            f"residuals belong to one rank: these are of rank {there[0]} of {there[1]}, "
-            f"this is rank {here[0]} of {here[1]}"
-        )
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        """Like load_state_dict, for a model unpickled on a rank that did not pickle it."""
-        complaint = self._mismatch(state)
-        if complaint:
-            log.warning("%s; they start from zero", complaint)
-        else:
-            self.communicator.load_state_dict(state["memory"])
-
     # DDP pickles its hooks' states. Groups, threads and parameters stay behind, residuals go along.
 
     def __getstate__(self) -> dict[str, Any]:
-        saved = self._saved if self._communicator is None else self.state_dict()
+        saved = self._saved if self._communicators is None else self.state_dict()
         return {
             "policy": self.policy,
             "seed": self.seed,
@@ -316,10 +229,6 @@ class DDPState:
             "commlib's DDP state was copied or unpickled; PyTorch does not restore communication "
             "hooks: call commlib.wrap(model) on the copy, or it will train uncompressed"
         )
-
-
-def _parsed(policy: PolicyLike) -> Policy | str:
-    return "auto" if policy == "auto" else Policy.parse(policy)
 
 
 def _registered(ddp: DistributedDataParallel) -> DDPState | None:
