@@ -30,3 +30,19 @@ def test_operations_and_dtypes(pool: Pool, ranks: int) -> None:
 
 def test_fp32_is_bitwise_gloos(pool: Pool) -> None:
     pool.run(under, "fp32", cases.operations_and_dtypes, ranks=2)
+
+
+def test_moves_under_int8(pool: Pool) -> None:
+    pool.run(
+        under,
+        "int8",
+        cases.parameters_travel_raw,
+        cases.activations_are_compressed,
+        cases.what_is_not_compressed_is_passed_on,
+        cases.works_are_torchs,
+        ranks=3,
+    )
+
+
+def test_parameters_by_a_rule_of_their_own(pool: Pool) -> None:
+    pool.run(under, cases.PARAMETERS, cases.named_parameters_are_compressed, ranks=2)
