@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -90,6 +90,31 @@ class Carrier:
                 what = f"the agreement on {text['op']} of key {text['key']!r}"
                 raise self.fail(error, [], what) from error
 
+    def gather(self, what: str, mine: str) -> list[str]:
+        """What every rank says, by rank; all call it alike. RuntimeError names who did not."""
+        with self._lock:
+            self.refuse()
+            try:
+                return self._agreement.gather(what, mine)
+            except (RuntimeError, OSError) as error:
+                raise self.fail(error, [], what) from error
+
+    def divide(self, groups: Sequence[Sequence[int]]) -> None:
+        """Make the transports of those `groups` of ranks that this one is in, before their use.
+
+        Making one waits for its ranks; in a message that would keep the others from moving. With
+        tags there is nothing to make: a lane has its parts.
+        """
+        if self.transport.tagged:
+            return
+        with self.still():
+            try:
+                for ranks in groups:
+                    if self.transport.rank in ranks:
+                        self.transport.sub(ranks)
+            except (RuntimeError, OSError) as error:
+                raise self.fail(error, [], "connecting groups of ranks") from error
+
     def flush(self) -> None:
         """Wait until nothing is under way."""
         self._runner.flush()
@@ -114,11 +139,12 @@ class Carrier:
 
     def _via(self, plan: Plan, message: Message) -> Transport:
         """The transport of the message about to start; the same kind on all ranks."""
-        transport = self.transport
+        transport, by_hosts = self.transport, message.hierarchical
+        large = message.part_bytes(plan.op, transport.size) >= LANE_MIN_BYTES
+        if transport.tagged and (by_hosts or (large and not self.checking)):
+            transport = Lane(transport, self._agreement.number, self._number)
         if self.checking:
             return Checked(transport, message.name, self._number, self.timeout)
-        if transport.tagged and message.part_bytes(plan.op, transport.size) >= LANE_MIN_BYTES:
-            return Lane(transport, self._agreement.number, self._number)
         return transport
 
     def start(

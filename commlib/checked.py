@@ -17,9 +17,17 @@ from .traffic import Pending, Through, Transport, split_by_rank
 class Checked(Through):
     """A transport that stamps what goes through it; made for one message."""
 
-    def __init__(self, inner: Transport, scheme: str, number: int, timeout: float) -> None:
+    def __init__(
+        self,
+        inner: Transport,
+        scheme: str,
+        number: int,
+        timeout: float,
+        names: Sequence[int] | None = None,
+    ) -> None:
         super().__init__(inner)
         self.timeout = timeout
+        self._names = range(inner.size) if names is None else names  # ranks in the whole group
         self._head = (WIRE_VERSION, digest(scheme), number & WORD)
         self._scheme = scheme
 
@@ -49,6 +57,10 @@ class Checked(Through):
         got = self._stamps(self._stamp(x if self.rank == src else None) * self.size)
         return _Verified(self, self._inner.broadcast(x, src), [x], [got[src]])
 
+    def sub(self, ranks: Sequence[int]) -> Checked:
+        names = sorted(self._names[r] for r in ranks)
+        return Checked(self._inner.sub(ranks), self._scheme, self._head[2], self.timeout, names)
+
     def _stamp(self, payload: torch.Tensor | None) -> bytes:
         return STAMP.pack(*self._head, 0 if payload is None else crc(payload))
 
@@ -63,8 +75,9 @@ class Checked(Through):
             for name, got, expected in zip(FIELDS[:-1], head, self._head, strict=True):
                 if got != expected:
                     raise RuntimeError(
-                        f"COMMLIB_CHECK: {name} of rank {rank} is {got:#x}, rank {self.rank} under "
-                        f"scheme {self._scheme} expected {expected:#x}"
+                        f"COMMLIB_CHECK: {name} of rank {self._names[rank]} is {got:#x}, rank "
+                        f"{self._names[self.rank]} under scheme {self._scheme} expected "
+                        f"{expected:#x}"
                     )
             sums.append(check)
         return sums
@@ -75,9 +88,10 @@ class Checked(Through):
             got = crc(piece)
             if got != expected:
                 raise RuntimeError(
-                    f"COMMLIB_CHECK: payload of rank {rank} arrived at rank {self.rank} with crc32 "
-                    f"{got:#x}, it was sent with {expected:#x} (scheme {self._scheme}, message "
-                    f"{self._head[2]}, {piece.nbytes} bytes)"
+                    f"COMMLIB_CHECK: payload of rank {self._names[rank]} arrived at rank "
+                    f"{self._names[self.rank]} with crc32 {got:#x}, it was sent with "
+                    f"{expected:#x} (scheme {self._scheme}, message {self._head[2]}, "
+                    f"{piece.nbytes} bytes)"
                 )
 
 

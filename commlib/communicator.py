@@ -103,7 +103,9 @@ class Communicator(Engine):
             schemes = [raw() if plain else self._choose(info) for info in infos]
             native = self.policy.lossless or self._auto
             native = plain or (native and all(scheme.lossless for scheme in schemes))
-            plan = segmented(keys, sizes, schemes, x.dtype, lossless=native)
+            plan = segmented(
+                keys, sizes, schemes, x.dtype, lossless=native, exactly=self._exactly()
+            )
             self._adopt(id_, plan)
         flat, held = x.detach().view(-1), tuple(hold)
         return self._carrier.start(
@@ -199,9 +201,9 @@ class Communicator(Engine):
 
         def chosen(numel: int) -> Compressor | None:
             if scheme is not None:
-                return self._compressors.of(explicit(scheme, None, x.dtype, role))
+                return self._compressors.of(explicit(scheme, None, x.dtype, role).flat())
             found = raw() if plain else self._choose(TensorInfo(None, numel, x.dtype, role))
-            return None if found.lossless else self._compressors.of(found)
+            return None if found.lossless else self._compressors.of(found.flat())
 
         def steps(m: Message, t: Transport) -> Steps:
             if out_splits is not None and in_splits is not None:

@@ -9,26 +9,31 @@ import torch
 from commlib_kernels import backend_for
 
 from .codecs.base import Codec, Round
-from .feedback import Compressor, Feedback
+from .feedback import Compressor, Feedback, Plain
 from .modes import OF_PIPELINES
-from .scheme import Scheme, TwoPhase
+from .scheme import Hierarchical, Scheme, TwoPhase
 
 
 class Compressors:
     """Made on first use, with their kernels compiled.
+
+    Those of hierarchical schemes are others: they remember sums of a host, and of its part alone.
 
     seed: of the random streams. rank: of this process in its group.
     """
 
     def __init__(self, device: torch.device, seed: int, rank: int) -> None:
         self._device, self._seed, self._rank = device, seed, rank
-        self._made: dict[tuple[Codec, Feedback], Compressor] = {}
+        self._made: dict[tuple[Codec, Feedback, bool], Compressor] = {}
 
     def of(self, scheme: Scheme) -> Compressor:
         """The compressor of `scheme`."""
-        return self._made.get((scheme.codec, scheme.feedback)) or self._make(
-            scheme.codec, scheme.feedback
-        )
+        of_hosts = isinstance(scheme.algorithm, Hierarchical)
+        return self._get(scheme.codec, scheme.feedback, of_hosts)
+
+    def plain(self, codec: Codec) -> Compressor:
+        """The compressor of a codec without memory."""
+        return self._get(codec, Plain(), False)
 
     def back(self, scheme: Scheme) -> Compressor | None:
         """The compressor of its second half, where that is another one."""
@@ -36,20 +41,24 @@ class Compressors:
         codec = config.back if isinstance(config, TwoPhase) else None
         if codec is None or codec == scheme.codec:
             return None
-        return self._made.get((codec, scheme.feedback)) or self._make(codec, scheme.feedback)
+        return self._get(codec, scheme.feedback, False)
 
     def warmup(self, scheme: Scheme) -> None:
         """Compile what `scheme` needs, whichever rounding it gets where it leaves that open."""
-        back = scheme.algorithm.back if isinstance(scheme.algorithm, TwoPhase) else None
-        for codec in {scheme.codec, back or scheme.codec}:
+        config = scheme.algorithm
+        other = config.back if isinstance(config, TwoPhase) else None
+        other = config.inner if isinstance(config, Hierarchical) else other
+        for codec in {scheme.codec, other or scheme.codec}:
             for rounding in get_args(Round):
                 self._compile(codec.rounded(rounding))
 
     def state_dict(self) -> dict[str, Any]:
-        """What each remembers, by `CODEC+FEEDBACK`."""
+        """What each remembers, by `CODEC+FEEDBACK`, with `@hierarchical` where it is of hosts."""
         return {
-            str(codec) + (f"+{memory}" if str(memory) else ""): compressor.state_dict()
-            for (codec, memory), compressor in self._made.items()
+            str(codec)
+            + (f"+{memory}" if str(memory) else "")
+            + ("@hierarchical" if of_hosts else ""): compressor.state_dict()
+            for (codec, memory, of_hosts), compressor in self._made.items()
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -69,7 +78,11 @@ class Compressors:
     def nbytes(self) -> int:
         return sum(compressor.nbytes() for compressor in self._made.values())
 
-    def _make(self, codec: Codec, memory: Feedback) -> Compressor:
+    def _get(self, codec: Codec, memory: Feedback, of_hosts: bool) -> Compressor:
+        made = self._made.get((codec, memory, of_hosts))
+        return made if made is not None else self._make(codec, memory, of_hosts)
+
+    def _make(self, codec: Codec, memory: Feedback, of_hosts: bool) -> Compressor:
         if isinstance(memory, OF_PIPELINES):
             raise ValueError(
                 f"{codec}+{memory}: {memory.id} is a mode of pipeline stages, which no collective "
@@ -77,7 +90,7 @@ class Compressors:
             )
         made = Compressor(codec, memory, self._seed, self._rank, self._device)
         self._compile(codec)  # before ranks wait for each other: a first compilation takes seconds
-        self._made[codec, memory] = made
+        self._made[codec, memory, of_hosts] = made
         return made
 
     def _compile(self, codec: Codec) -> None:

@@ -7,6 +7,7 @@ hand out the residuals of a message that never arrived.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from typing import Any
@@ -14,19 +15,26 @@ from typing import Any
 import torch
 
 from .carrier import Carrier
-from .collectives import ALGORITHMS, Pool, Steps
+from .collectives import ALGORITHMS, Pool, Steps, hierarchical
 from .compressors import Compressors
+from .feedback import names_of
+from .hosts import digest, identity
 from .planner import measure
 from .planner import policy as measured_policy
 from .plans import Message, Plan, explicit, is_exact, parse_scheme, single, why_raw
 from .policy import Policy, TensorInfo, raw
-from .scheme import Role, Scheme, TwoPhase
+from .scheme import AlgorithmConfig, Hierarchical, Role, Scheme, TwoPhase
 from .stamp import WIRE_VERSION
 from .telemetry import Meter
+from .topology import Ranks, columns_of, nodes_of
 from .traffic import Transport, check_tensor
 from .transport import ProcessGroup, TorchTransport
 
+logger = logging.getLogger("commlib")
+
 DEFAULT_POLICY = "int8+ef"
+# Characters of a policy, or of the ranks of all hosts, that plans are compared by; else a digest.
+SHOWN = 80
 # What else moves are values, not increments: yesterday's residual has no place there.
 INCREMENTS = ("all_reduce", "reduce_scatter")
 
@@ -71,6 +79,8 @@ class Engine:
         self._plans: dict[Any, Plan] = {}
         self._steps: dict[str, int] = {}  # messages of a key, where the policy changes with them
         self._eras = any(rule.from_step for rule in self.policy.rules)
+        self._nodes: tuple[Ranks, ...] | None = None
+        self._told: set[tuple[str, Scheme]] = set()
         if auto and self.size > 1:
             with self._carrier.still():
                 self.policy = measured_policy(measure(self._measured_run, self.transport))
@@ -85,6 +95,16 @@ class Engine:
     def size(self) -> int:
         """Ranks in the group."""
         return self.transport.size
+
+    @property
+    def nodes(self) -> tuple[Ranks, ...]:
+        """The ranks of each host; the first access asks all ranks, which all do it alike."""
+        if self._nodes is None:
+            self._nodes = nodes_of(self._carrier.gather("the hosts of the ranks", identity()))
+            logger.info("%d ranks on hosts: %s", self.size, self._nodes)
+            if 1 < len(self._nodes) < self.size:
+                self._carrier.divide([*self._nodes, *columns_of(self._nodes)])
+        return self._nodes
 
     # What is remembered.
 
@@ -176,6 +196,8 @@ class Engine:
             chosen = self._choose(TensorInfo(key, numel, x.dtype, role, ndim, era))
             if op not in INCREMENTS:
                 chosen = chosen.stateless()
+        if op != "all_reduce":
+            chosen = self._flat(op, chosen)
         plan = single(op, chosen, key, numel, x.dtype)
         if detail is not None:
             plan.text["detail"] = detail
@@ -185,19 +207,60 @@ class Engine:
     def _adopt(self, id_: Any, plan: Plan) -> None:
         """Agree on a new plan and keep it. ValueError where residuals would not fit it."""
         self._carrier.refuse(plan)
-        for message in plan.messages:
-            self._compressors.of(message.scheme).check(message.key, message.layout)
-            self._compressors.back(message.scheme)
         policy = str(self.policy)
         if self._auto:
             policy = "auto"  # measured together, and measured with another one
-        elif len(policy) > 80:
+        elif len(policy) > SHOWN:
             policy = self.policy.digest()
         text = {"op": plan.op, "key": plan.label, **plan.text}
         text |= {"policy": policy, "seed": self.seed, "wire": WIRE_VERSION}
         text["COMMLIB_CHECK"] = self._carrier.checking
+        refused: ValueError | None = None
+        for message in plan.messages:
+            if message.hierarchical:
+                nodes = str(self.nodes)
+                text["nodes"] = nodes if len(nodes) <= SHOWN else digest(nodes)
+            try:
+                self._ready(message)
+            except ValueError as error:
+                if not message.hierarchical:  # there all ranks refuse alike
+                    raise
+                refused, text["refused"] = error, str(error)
         self._carrier.agree(text)
+        if refused is not None:
+            raise refused
         self._plans[id_] = plan
+
+    def _ready(self, message: Message) -> None:
+        """Make the compressors of a message; ValueError where their residuals do not fit it."""
+        compressor, share = self._compressors.of(message.scheme), message.layout
+        self._options(message)
+        if message.hierarchical:
+            mine = hierarchical.owned(share, message.scheme, self.nodes, self.rank)
+            if mine is None:
+                self._check_hosts(message)
+                return
+            share = mine
+        compressor.check(message.key, share)
+
+    def _check_hosts(self, message: Message) -> None:
+        """Say where there is nothing between hosts to compress."""
+        if len(self.nodes) == 1 < self.size and message.scheme.codec.id != "fp32":
+            reason = f"under {message.name}, and all {self.size} ranks of the group are on one host"
+            for name in names_of(message.key) or (None,):
+                self.meter.not_compressed(name, reason)
+
+    def _flat(self, op: str, scheme: Scheme) -> Scheme:
+        """The scheme of a collective other than all_reduce, none of which knows hosts."""
+        flat = scheme.flat()
+        if flat != scheme and (op, scheme) not in self._told:
+            self._told.add((op, scheme))
+            if self.rank == 0:
+                logger.warning(
+                    "%s knows no hosts: under %s it goes as %s, between all ranks alike",
+                    op, scheme, flat,
+                )  # fmt: skip
+        return flat
 
     def _choose(self, info: TensorInfo) -> Scheme:
         scheme = self.policy.choose(info)
@@ -206,6 +269,12 @@ class Engine:
             if reason is not None:
                 self.meter.not_compressed(info.key, reason)
         return scheme
+
+    def _exactly(self) -> AlgorithmConfig | None:
+        """How values that stay exact are summed beside compressed ones: in one order, whichever
+        those of their bucket are."""
+        configs = [rule.scheme.algorithm for rule in self.policy.rules]
+        return next((Hierarchical() for c in configs if isinstance(c, Hierarchical)), None)
 
     def _era(self, keys: tuple[str, ...]) -> int:
         """The policy's era for the next message of `keys`, which it counts."""
@@ -251,9 +320,22 @@ class Engine:
             self._pool,
             factor=factor,
             hold=message.held(hold),
-            back=self._compressors.back(message.scheme),
-            slices=config.slices if isinstance(config, TwoPhase) else None,
+            **self._options(message),
         )
+
+    def _options(self, message: Message) -> dict[str, Any]:
+        """What the algorithm of a message takes beyond what all take."""
+        config = message.scheme.algorithm
+        if isinstance(config, TwoPhase):
+            return {"back": self._compressors.back(message.scheme), "slices": config.slices}
+        if isinstance(config, Hierarchical):
+            inner = hierarchical.inside(config.inner, message.layout.dtype)
+            return {
+                "nodes": self.nodes,
+                "inner": self._compressors.plain(inner),
+                "slices": config.slices,
+            }
+        return {}
 
     def _measured_run(self, scheme: str, x: torch.Tensor) -> None:
         plan = self._plan("all_reduce", x, None, Role.GRADIENT, scheme)

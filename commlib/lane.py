@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 
@@ -50,6 +51,20 @@ class Lane(Through):
         place = COMMUNICATORS + communicator % COMMUNICATORS
         self._tag = (place * MESSAGES + message % MESSAGES) * EXCHANGES
         self._count = 0
+        self._members = tuple(range(inner.size))
+
+    def sub(self, ranks: Sequence[int]) -> Lane:
+        """Some of these ranks, by the same tags: two ranks may be together in one such part only.
+
+        Of its verbs only all_to_all and all_gather are the part's own.
+        """
+        part = copy(self)
+        part._members = tuple(sorted(self._members[r] for r in ranks))
+        part.rank = part._members.index(self._members[self.rank])
+        part.size = len(part._members)
+        part.ranks = tuple(self._inner.ranks[r] for r in part._members)
+        part._count = 0
+        return part
 
     def all_to_all(
         self,
@@ -71,12 +86,14 @@ class Lane(Through):
         return self._mesh(into, [own] * self.size)
 
     def _mesh(self, into: Sequence[torch.Tensor], mine: Sequence[torch.Tensor]) -> Pending:
-        """Part r of mine to rank r, and from rank r into place r."""
-        tag = self._tag + self._count % EXCHANGES
+        """Part r of mine to rank r, and from rank r into place r; what is empty is not sent."""
+        tag, at = self._tag + self._count % EXCHANGES, self._members
         self._count += 1
         others = [(self.rank + step) % self.size for step in range(1, self.size)]
-        pending: list[Pending] = [self._inner.recv(into[r], r, tag) for r in sorted(others)]
-        pending += [self._inner.send(mine[r], r, tag) for r in others]
+        pending: list[Pending] = [
+            self._inner.recv(into[r], at[r], tag) for r in sorted(others) if into[r].numel()
+        ]
+        pending += [self._inner.send(mine[r], at[r], tag) for r in others if mine[r].numel()]
         if into[self.rank].data_ptr() != mine[self.rank].data_ptr():
             into[self.rank].copy_(mine[self.rank])
         return Together(pending)

@@ -22,7 +22,16 @@ from commlib_kernels.layout import Layout
 
 from .feedback import Key, Plain, names_of
 from .policy import Policy, TensorInfo, raw
-from .scheme import DTYPES, Native, Role, Scheme, TwoPhase, check_dtype
+from .scheme import (
+    DTYPES,
+    AlgorithmConfig,
+    Hierarchical,
+    Native,
+    Role,
+    Scheme,
+    TwoPhase,
+    check_dtype,
+)
 
 # A raw segment's residual would be memory for nothing; above this share of a message's elements raw
 # segments travel in a message of their own, with the same bits.
@@ -70,6 +79,11 @@ class Message:
     def __post_init__(self) -> None:
         self.names = _states(self.scheme, self.key)
         self.name = str(self.scheme)
+
+    @property
+    def hierarchical(self) -> bool:
+        """Whether it goes by groups of ranks within the group."""
+        return isinstance(self.scheme.algorithm, Hierarchical)
 
     def part_bytes(self, op: str, ranks: int) -> int:
         """About what it has for each of `ranks`, where all get as much; else 0."""
@@ -146,10 +160,12 @@ def segmented(
     dtype: torch.dtype,
     *,
     lossless: bool,
+    exactly: AlgorithmConfig | None = None,
 ) -> Plan:
     """The plan of an all_reduce of segments back to back: one message per scheme.
 
-    lossless: all of them raw, as one native message.
+    lossless: all of them raw, as one native message. exactly: how raw segments are summed beside
+    compressed ones; None: two_phase.
     """
     label = keys[0] if len(keys) == 1 else f"{keys[0]} +{len(keys) - 1}"
     text = {
@@ -166,14 +182,25 @@ def segmented(
     plain: list[int] = []
     for place, scheme in enumerate(schemes):
         (plain if scheme.lossless else groups.setdefault(scheme, [])).append(place)
-    host = next((s for s in groups if not isinstance(s.algorithm, Native)), None)
+    exactly = exactly or TwoPhase()
+    # Only where they are summed in the same order, whatever else is in the bucket.
+    by_hosts = isinstance(exactly, Hierarchical)
+    host = next(
+        (
+            s
+            for s in groups
+            if isinstance(s.algorithm, Hierarchical) == by_hosts
+            and not isinstance(s.algorithm, Native)
+        ),
+        None,
+    )
     if host is not None and plain:
         light = sum(sizes[s] for s in plain) <= RIDE_SHARE * sum(sizes[s] for s in groups[host])
         if light:
             groups[host] = sorted(groups[host] + plain)
             plain = []
     if plain:
-        groups[replace(raw(), algorithm=TwoPhase())] = plain
+        groups[replace(raw(), algorithm=exactly)] = plain
     starts = [sum(sizes[:place]) for place in range(len(sizes))]
     messages = []
     for scheme, places in groups.items():
@@ -192,6 +219,8 @@ def segmented(
 
 def _states(scheme: Scheme, key: Key) -> frozenset[str]:
     """Names of what a message changes: residuals, and the places of random streams."""
-    if scheme.feedback == Plain() and not scheme.codec.format.stochastic:
+    inner = scheme.algorithm.inner if isinstance(scheme.algorithm, Hierarchical) else None
+    stochastic = any(c.format.stochastic for c in (scheme.codec, inner) if c is not None)
+    if scheme.feedback == Plain() and not stochastic:
         return frozenset()
     return frozenset(names_of(key) or ("",))

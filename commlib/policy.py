@@ -37,6 +37,7 @@ from .modes import Delta, ErrorFeedback, Lep, Reuse
 from .scheme import (
     DTYPES,
     AlgorithmConfig,
+    Hierarchical,
     Native,
     Ring,
     Role,
@@ -49,6 +50,7 @@ from .scheme import (
 
 __all__ = [
     "AlgorithmConfig",
+    "Hierarchical",
     "Native",
     "Policy",
     "Ring",

@@ -3,6 +3,7 @@
     CODEC{|CODEC}[+FEEDBACK][@ALGORITHM]        each part with :name=value options
 
     int8    int4:block=64+ef    int3+ef:beta=0.9    bf16@ring    int2+ef@two_phase:back=int4
+    int4+ef@hierarchical    int4+ef@hierarchical:inner=bf16
 
 A value in parentheses is taken as it stands, so that a codec with options can be an option itself:
 `back=(int4:block=64)`.
@@ -78,8 +79,28 @@ class TwoPhase:
     slices: int | None = None
 
     def __post_init__(self) -> None:
-        if self.slices is not None and not 1 <= self.slices <= MAX_SLICES:
-            raise ValueError(f"two_phase: slices is {self.slices}, allowed: 1 to {MAX_SLICES}")
+        _check_slices(self)
+
+    def __str__(self) -> str:
+        return _format(self)
+
+
+@dataclass(frozen=True)
+class Hierarchical:
+    """Sums inside every host first, then two_phase between hosts, for which the codec is.
+
+    An all-reduce; the other collectives know no hosts and go as under two_phase, which is said.
+
+    inner: codec of what travels inside a host, without memory; None: raw.
+    slices: as in TwoPhase.
+    """
+
+    id: ClassVar[str] = "hierarchical"
+    inner: Codec | None = None
+    slices: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_slices(self)
 
     def __str__(self) -> str:
         return _format(self)
@@ -95,8 +116,10 @@ class Ring:
         return _format(self)
 
 
-AlgorithmConfig = Native | TwoPhase | Ring
-CONFIGS: Mapping[str, type[AlgorithmConfig]] = {c.id: c for c in (Native, TwoPhase, Ring)}
+AlgorithmConfig = Native | TwoPhase | Hierarchical | Ring
+CONFIGS: Mapping[str, type[AlgorithmConfig]] = {
+    c.id: c for c in (Native, TwoPhase, Hierarchical, Ring)
+}
 
 
 @dataclass(frozen=True)
@@ -166,7 +189,17 @@ class Scheme:
         if isinstance(config, TwoPhase) and config.back is not None:
             config = replace(config, back=config.back.rounded(rounding))
             chosen = replace(chosen, algorithm=config)
+        if isinstance(config, Hierarchical) and config.inner is not None:
+            alone = default_round(Plain(), role)  # it has no memory that would undo a bias
+            config = replace(config, inner=config.inner.rounded(alone))
+            chosen = replace(chosen, algorithm=config)
         return chosen
+
+    def flat(self) -> Scheme:
+        """The same scheme for collectives that know no hosts: two_phase for hierarchical."""
+        if not isinstance(self.algorithm, Hierarchical):
+            return self
+        return replace(self, algorithm=_default_algorithm(self.codec))
 
     def stateless(self) -> Scheme:
         """The same scheme without feedback: for tensors without a key, and for activations."""
@@ -200,6 +233,11 @@ def unknown(what: str, got: str, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"unknown {what} {got!r}; allowed: {', '.join(names)}{hint}"
+
+
+def _check_slices(config: TwoPhase | Hierarchical) -> None:
+    if config.slices is not None and not 1 <= config.slices <= MAX_SLICES:
+        raise ValueError(f"{config.id}: slices is {config.slices}, allowed: 1 to {MAX_SLICES}")
 
 
 def _default_algorithm(codec: Codec) -> AlgorithmConfig:

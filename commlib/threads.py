@@ -116,13 +116,20 @@ class ThreadTransport:
     """`commlib.traffic.Transport` between threads; build a world with `ThreadTransport.world`."""
 
     def __init__(
-        self, world: _World, rank: int, ranks: tuple[int, ...], timeout: float, name: str = ""
+        self,
+        world: _World,
+        rank: int,
+        ranks: tuple[int, ...],
+        timeout: float,
+        name: str = "",
+        parent: ThreadTransport | None = None,
     ) -> None:
         self.rank = rank
         self.size = len(ranks)
         self.ranks = ranks
         self.timeout = timeout
         self.bytes_sent = 0
+        self._parent = parent  # counts what this one sends, too
         self.device = torch.device("cpu")
         self.tagged = True
         self._world = world
@@ -145,7 +152,7 @@ class ThreadTransport:
     ) -> _Slot:
         self._check("all_to_all", out, inp)
         check_all_to_all(out, inp, out_splits, in_splits, self.size)
-        self.bytes_sent += all_to_all_bytes(inp, in_splits, self.rank, self.size)
+        self._add(all_to_all_bytes(inp, in_splits, self.rank, self.size))
         outs, inps = (
             split_by_rank(out, out_splits, self.size),
             split_by_rank(inp, in_splits, self.size),
@@ -163,7 +170,7 @@ class ThreadTransport:
     def all_gather(self, out: torch.Tensor, inp: torch.Tensor) -> _Slot:
         self._check("all_gather", out, inp)
         check_all_gather(out, inp, self.size)
-        self.bytes_sent += all_gather_bytes(inp.nbytes, self.size)
+        self._add(all_gather_bytes(inp.nbytes, self.size))
 
         def move(rows: list[tuple[torch.Tensor, ...]]) -> None:
             # `inp` may lie inside `out`: read all before writing any
@@ -175,7 +182,7 @@ class ThreadTransport:
 
     def all_reduce(self, x: torch.Tensor) -> _Slot:
         self._check("all_reduce", x)
-        self.bytes_sent += all_reduce_bytes(x.nbytes, self.size)
+        self._add(all_reduce_bytes(x.nbytes, self.size))
 
         def move(rows: list[tuple[torch.Tensor, ...]]) -> None:
             total = rows[0][0].clone()
@@ -189,7 +196,7 @@ class ThreadTransport:
     def broadcast(self, x: torch.Tensor, src: int) -> _Slot:
         self._check("broadcast", x)
         check_rank("broadcast", src, self.size)
-        self.bytes_sent += broadcast_bytes(x.nbytes, self.rank, src, self.size)
+        self._add(broadcast_bytes(x.nbytes, self.rank, src, self.size))
 
         def move(rows: list[tuple[torch.Tensor, ...]]) -> None:
             for rank, row in enumerate(rows):
@@ -201,7 +208,7 @@ class ThreadTransport:
     def send(self, x: torch.Tensor, dst: int, tag: int = 0) -> _Letter:
         self._check("send", x)
         check_rank("send", dst, self.size)
-        self.bytes_sent += x.nbytes
+        self._add(x.nbytes)
         return self._letter(x, self.rank, dst, tag, 0)
 
     def recv(self, x: torch.Tensor, src: int | None, tag: int = 0) -> _Letter:
@@ -241,7 +248,12 @@ class ThreadTransport:
         turn = self._next(("sub", members))
         name = f"{self._name}{members}.{turn}/"
         mine = members.index(self.ranks[self.rank])
-        return ThreadTransport(self._world, mine, members, self.timeout, name)
+        return ThreadTransport(self._world, mine, members, self.timeout, name, self)
+
+    def _add(self, nbytes: int) -> None:
+        self.bytes_sent += nbytes
+        if self._parent is not None:
+            self._parent._add(nbytes)
 
     def _check(self, verb: str, *tensors: torch.Tensor) -> None:
         for x in tensors:

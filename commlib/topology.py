@@ -8,7 +8,11 @@ Nothing here measures anything: `planner.measure` fills these in, cost formulas 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+
+Ranks = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,10 @@ class Link:
 
 @dataclass(frozen=True)
 class Topology:
-    """`size` ranks joined by equal links; `hosts` names the host of each rank where it is known."""
+    """`size` ranks joined by equal links; `hosts` names the host of each rank where it is known.
+
+    Ranks of one host share its link.
+    """
 
     size: int
     link: Link
@@ -45,3 +52,32 @@ class Topology:
                 f"hosts names {len(self.hosts)} ranks, size is {self.size}: "
                 "give one host per rank, or none"
             )
+
+    @property
+    def nodes(self) -> tuple[Ranks, ...]:
+        """The ranks of each host; a host for each rank where hosts are not known."""
+        return nodes_of(self.hosts) if self.hosts else tuple((r,) for r in range(self.size))
+
+
+def nodes_of(hosts: Sequence[str]) -> tuple[Ranks, ...]:
+    """The ranks of each host, ascending, hosts in the order of their first rank.
+
+    hosts: of rank 0, 1, ...: any texts, equal where ranks are on one host.
+    """
+    found: dict[str, list[int]] = {}
+    for rank, host in enumerate(hosts):
+        found.setdefault(host, []).append(rank)
+    return tuple(tuple(ranks) for ranks in found.values())
+
+
+@lru_cache(maxsize=256)
+def columns_of(nodes: tuple[Ranks, ...]) -> tuple[Ranks, ...]:
+    """Groups with one rank of every node, ascending: as many as the smallest node has ranks.
+
+    A larger node's are spread over it, so that they have its cores and NICs between them.
+    """
+    width = min(len(node) for node in nodes)
+    return tuple(
+        tuple(sorted(node[column * len(node) // width] for node in nodes))
+        for column in range(width)
+    )

@@ -116,7 +116,10 @@ class Transport(Protocol):
         """The text under `key`; TimeoutError if nobody posted it within `timeout` seconds."""
 
     def sub(self, ranks: Sequence[int]) -> Transport:
-        """The transport of some of these ranks, in their order here; called by exactly those."""
+        """The transport of some of these ranks, in their order here; called by exactly those.
+
+        What it sends is counted here too.
+        """
 
 
 class Through:

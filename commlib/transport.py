@@ -10,24 +10,22 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import re
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from .pending import Exchange
 from .threads import ThreadTransport, run_ranks
 from .traffic import (
     Pending,
     Post,
     Receipt,
-    Timeout,
     Transport,
     all_gather_bytes,
     all_reduce_bytes,
@@ -56,69 +54,6 @@ c10d: Any = distributed_c10d  # its option classes are missing from the stubs
 # Store polls, seconds. A blocking wait would hold the store's lock against the other threads.
 POLL_FIRST, POLL_LAST = 2e-4, 2e-2
 GLOO = "gloo"
-TIMED_OUT = re.compile("timed? ?out", re.IGNORECASE)  # in what gloo says of a timeout
-
-
-# A gloo thread lets go of a tensor a moment after its exchange is done. If it is the last to hold
-# it, it needs the interpreter's lock for that, and never gets it if the group is being destroyed (3
-# of 52 short runs hung there): so the tensors of the last exchanges are kept until the next ones.
-_recent: deque[object] = deque(maxlen=4)
-
-
-class _Exchange:
-    """A c10d work, and the tensors it uses."""
-
-    __slots__ = ("_any", "_tellable", "_tensors", "_work", "source")
-
-    def __init__(
-        self,
-        work: Any,
-        tensors: object,
-        *,
-        tellable: bool = True,
-        source: int | None = None,
-        any_source: bool = False,
-    ) -> None:
-        self._work = work
-        self._tensors = tensors
-        self._tellable = tellable  # gloo's sends and receives complete only in wait()
-        self.source = source
-        self._any = any_source
-
-    def done(self) -> bool:
-        return self._work is None or (self._tellable and self._work.is_completed())
-
-    def wait(self, timeout: float | None = None) -> None:
-        if self._work is None:
-            return
-        start = time.monotonic()
-        try:
-            if timeout is None:
-                self._work.wait()
-            else:
-                self._work.wait(datetime.timedelta(seconds=timeout))
-        except RuntimeError as error:
-            late = timeout is not None and time.monotonic() - start > 0.9 * timeout
-            if timeout is not None and late and TIMED_OUT.search(str(error)):
-                raise Timeout(timeout, error) from error
-            raise
-        if self._any:
-            self.source = self._work._source_rank()
-        if self._tellable:
-            _recent.append(self._tensors)
-        self._work = self._tensors = None
-
-    def poll(self, seconds: float, timeout: float) -> bool:
-        if not self._tellable:
-            self.wait(timeout)
-            return True
-        try:
-            self.wait(seconds)
-        except Timeout:
-            if not self.done():
-                return False  # only this look was too short
-            self.wait(timeout)
-        return True
 
 
 class TorchTransport:
@@ -137,6 +72,8 @@ class TorchTransport:
         group: dist.ProcessGroup | None = None,
         timeout: float | None = None,
         device: torch.device | str | None = None,
+        *,
+        parent: TorchTransport | None = None,
     ) -> None:
         if not dist.is_initialized():
             raise RuntimeError(
@@ -155,6 +92,8 @@ class TorchTransport:
         self.device = group_device(group, device)
         self.timeout = _group_timeout(group, self.device) if timeout is None else timeout
         self.bytes_sent = 0
+        self._parent = parent  # counts what this one sends, too
+        self._subs: dict[tuple[int, ...], TorchTransport] = {}
         self.tagged = self._gloo = backends(group)[self.device.type] == GLOO
         self._chain = not self._gloo
         self._store = c10d._get_process_group_store(group)
@@ -189,7 +128,7 @@ class TorchTransport:
     ) -> Pending:
         self._check("all_to_all", out, inp)
         check_all_to_all(out, inp, out_splits, in_splits, self.size)
-        self.bytes_sent += all_to_all_bytes(inp, in_splits, self.rank, self.size)
+        self._add(all_to_all_bytes(inp, in_splits, self.rank, self.size))
         options = self._options(c10d.AllToAllOptions())
         call = getattr(self._plain, self._all_to_all)
         work = call(out, inp, list(out_splits or ()), list(in_splits or ()), options)
@@ -198,7 +137,7 @@ class TorchTransport:
     def all_gather(self, out: torch.Tensor, inp: torch.Tensor) -> Pending:
         self._check("all_gather", out, inp)
         check_all_gather(out, inp, self.size)
-        self.bytes_sent += all_gather_bytes(inp.nbytes, self.size)
+        self._add(all_gather_bytes(inp.nbytes, self.size))
         if self._gloo:
             copies = inp.view(1, -1).expand(self.size, -1).contiguous().view(-1)
             options = self._options(c10d.AllToAllOptions())
@@ -209,13 +148,13 @@ class TorchTransport:
 
     def all_reduce(self, x: torch.Tensor) -> Pending:
         self._check("all_reduce", x)
-        self.bytes_sent += all_reduce_bytes(x.nbytes, self.size)
+        self._add(all_reduce_bytes(x.nbytes, self.size))
         return self._exchange(self._plain.allreduce([x], self._sum), x)
 
     def broadcast(self, x: torch.Tensor, src: int) -> Pending:
         self._check("broadcast", x)
         check_rank("broadcast", src, self.size)
-        self.bytes_sent += broadcast_bytes(x.nbytes, self.rank, src, self.size, chain=self._chain)
+        self._add(broadcast_bytes(x.nbytes, self.rank, src, self.size, chain=self._chain))
         options = self._options(c10d.BroadcastOptions())
         options.rootRank = src
         options.rootTensor = 0
@@ -224,7 +163,7 @@ class TorchTransport:
     def send(self, x: torch.Tensor, dst: int, tag: int = 0) -> Pending:
         self._check("send", x)
         check_rank("send", dst, self.size)
-        self.bytes_sent += x.nbytes
+        self._add(x.nbytes)
         work = self._plain.send([x], dst, FIRST_TAG + tag)
         return self._exchange(work, x, tellable=not self._gloo)
 
@@ -233,7 +172,7 @@ class TorchTransport:
         tellable = not self._gloo
         if src is None:
             work = self._plain.recv_anysource([x], FIRST_TAG + tag)
-            return _Exchange(work, x, tellable=tellable, any_source=True)
+            return Exchange(work, x, tellable=tellable, any_source=True)
         check_rank("recv", src, self.size)
         work = self._plain.recv([x], src, FIRST_TAG + tag)
         return self._exchange(work, x, tellable=tellable, source=src)
@@ -248,7 +187,7 @@ class TorchTransport:
             self._check("batch", post.x)
             check_rank("batch", post.peer, self.size)
             if post.is_send:
-                self.bytes_sent += post.x.nbytes
+                self._add(post.x.nbytes)
             verb = dist.isend if post.is_send else dist.irecv
             op = dist.P2POp(verb, post.x, group=self.group, tag=post.tag, group_peer=post.peer)
             op.group = self._plain  # it has ranks of its own only, none of the world
@@ -332,21 +271,37 @@ class TorchTransport:
             check_rank("sub", rank, self.size)
         if self.rank not in ranks:
             raise ValueError(f"sub: rank {self.rank} is not one of {list(ranks)}")
-        members = [self.ranks[r] for r in ranks]
-        group = dist.new_group(
-            members,
-            timeout=datetime.timedelta(seconds=self.timeout),
-            backend=dist.get_backend(self.group),
-            use_local_synchronization=True,
-        )
-        return TorchTransport(group, self.timeout, self.device)
+        members = tuple(sorted(ranks))
+        if members not in self._subs:
+            kind = self.device.type
+            group = open_group(
+                self.group,
+                members,
+                f"{kind}:{backends(self.group)[kind]}",
+                datetime.timedelta(seconds=self.timeout),
+            )
+            self._subs[members] = TorchTransport(group, self.timeout, self.device, parent=self)
+        return self._subs[members]
+
+    def close(self) -> None:
+        """Destroy the groups that `sub` made; this transport's own stays."""
+        for made in self._subs.values():
+            made.close()
+            if not made.destroyed:
+                close_group(made.group)
+        self._subs.clear()
+
+    def _add(self, nbytes: int) -> None:
+        self.bytes_sent += nbytes
+        if self._parent is not None:
+            self._parent._add(nbytes)
 
     def _exchange(
         self, work: Any, tensors: object, *, tellable: bool = True, source: int | None = None
-    ) -> _Exchange:
+    ) -> Exchange:
         # NCCL holds on to its tensors by itself; a CUDA graph must not have them held by us
         tensors = None if self.device.type == "cuda" else tensors
-        return _Exchange(work, tensors, tellable=tellable, source=source)
+        return Exchange(work, tensors, tellable=tellable, source=source)
 
     def _check(self, verb: str, *tensors: torch.Tensor) -> None:
         for x in tensors:
@@ -363,6 +318,60 @@ def plain(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """The group that moves tensors as they are: of the backend "commlib", what lies under it."""
     under: dist.ProcessGroup = getattr(group, "plain", group)
     return under
+
+
+_opened: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], int]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def open_group(
+    group: dist.ProcessGroup, ranks: Sequence[int], backend: str, timeout: datetime.timedelta
+) -> dist.ProcessGroup:
+    """A new process group of `ranks` of `group` (ascending), which call this alike; no others do.
+
+    Not by `new_group`: that is called by the whole world, or (use_local_synchronization) names the
+    group by how many groups a rank has seen, which ranks may disagree on; then it hangs.
+    """
+    ranks = tuple(ranks)
+    counts = _opened.setdefault(group, {})
+    counts[ranks] = number = counts.get(ranks, 0) + 1  # by its ranks: those count alike
+    place = "" if len(ranks) == group.size() else "/" + ",".join(map(str, ranks))
+    everybody = dist.get_process_group_ranks(group)
+    members = [everybody[r] for r in ranks]
+    with _unbound(dist.group.WORLD):
+        opened, _ = c10d._new_process_group_helper(
+            len(ranks),
+            ranks.index(group.rank()),
+            members,
+            dist.Backend(backend),
+            c10d._get_process_group_store(group),
+            f"{group.group_name}/commlib{number}{place}",
+            timeout=timeout,
+            group_desc="commlib",
+        )
+    c10d._world.pg_group_ranks[opened] = {rank: place for place, rank in enumerate(members)}
+    result: dist.ProcessGroup = opened
+    return result
+
+
+def close_group(group: dist.ProcessGroup) -> None:
+    """Destroy a group of `open_group`, unless torch.distributed has destroyed all."""
+    if group in c10d._world.pg_map:
+        dist.destroy_process_group(group)
+
+
+@contextlib.contextmanager
+def _unbound(world: Any) -> Iterator[None]:
+    """A block in which the world's device is not known.
+
+    Where it is, NCCL would split the world's communicator: all its ranks have to take part in that.
+    """
+    device, world.bound_device_id = world.bound_device_id, None
+    try:
+        yield
+    finally:
+        world.bound_device_id = device
 
 
 def backends(group: dist.ProcessGroup) -> dict[str, str]:

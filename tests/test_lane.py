@@ -12,7 +12,8 @@ import torch
 from commlib import Communicator
 from commlib.lane import MIN_BYTES, Lane, Together
 from commlib.traffic import Pending, Timeout
-from commlib.transport import ThreadTransport, TorchTransport, Transport, _Exchange, run_ranks
+from commlib.pending import Exchange
+from commlib.transport import ThreadTransport, TorchTransport, Transport, run_ranks
 from commlib.waiters import Waiters
 from commlib.work import Work
 from commlib.worker import Task, Worker
@@ -356,7 +357,7 @@ class LateWork:
 
 def test_a_look_that_just_misses_the_end_is_no_failure() -> None:
     work = LateWork()
-    assert _Exchange(work, None).poll(0.01, 5.0)
+    assert Exchange(work, None).poll(0.01, 5.0)
     assert work.looks == 2
 
 

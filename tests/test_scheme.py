@@ -12,6 +12,7 @@ from commlib.feedback import ErrorFeedback, Plain
 from commlib.scheme import (
     CONFIGS,
     Native,
+    Hierarchical,
     Ring,
     Role,
     Scheme,
@@ -42,6 +43,11 @@ from commlib.scheme import (
             Scheme(codec("int2"), ErrorFeedback(), TwoPhase(codec("int4:block=64"), 2)),
         ),
         ("int2@two_phase:back=int4", Scheme(codec("int2"), Plain(), TwoPhase(codec("int4")))),
+        ("int4+ef@hierarchical", Scheme(codec("int4"), ErrorFeedback(), Hierarchical())),
+        (
+            "sign@hierarchical:inner=(int8:block=64)",
+            Scheme(codec("sign"), Plain(), Hierarchical(codec("int8:block=64"))),
+        ),
     ],
 )
 def test_a_text_means_a_scheme(text: str, scheme: Scheme) -> None:
@@ -73,14 +79,18 @@ def test_the_text_is_canonical(text: str, canonical: str) -> None:
         ("int8+eff", ["feedback 'eff'", "allowed: ef"]),
         ("int8+", ["no feedback after '+'"]),
         ("int4+ef:bta=0.9", ["ef: option 'bta=0.9'", "did you mean 'beta'"]),
-        ("int8@two_phas", ["algorithm 'two_phas'", "native, two_phase, ring", "'two_phase'?"]),
-        ("int8@", ["algorithm ''", "native, two_phase, ring"]),
+        ("int8@two_phas", ["algorithm 'two_phas'", "native, two_phase, hier", "'two_phase'?"]),
+        ("int8@hierarchic", ["algorithm 'hierarchic'", "did you mean 'hierarchical'?"]),
+        ("int8@", ["algorithm ''", "native, two_phase, hierarchical, ring"]),
         ("int8@ring+ef", ["feedback stands before the algorithm"]),
         ("int8@ring:slices=2", ["ring takes no options", "slices=2"]),
         ("int8@two_phase:slice=2", ["unknown option 'slice'", "did you mean 'slices'"]),
         ("int8@two_phase:slices", ["has no value", "slices=VALUE"]),
         ("int8@two_phase:slices=two", ["slices is 'two'", "whole number"]),
         ("int8@two_phase:slices=0", ["slices is 0", "allowed: 1 to 1024"]),
+        ("int8@hierarchical:slices=0", ["hierarchical: slices is 0", "allowed: 1 to 1024"]),
+        ("int8@hierarchical:inner=bf61", ["hierarchical: inner", "did you mean 'bf16'?"]),
+        ("int8@hierarchical:back=int4", ["unknown option 'back'", "inner, slices"]),
         ("int8@two_phase:slices=2:slices=3", ["'slices' is given twice"]),
         ("int8@two_phase:back=int99", ["two_phase: back", "int99"]),
         ("int8@native", ["the network cannot add int8", "two_phase or ring"]),
@@ -140,6 +150,7 @@ configs = st.one_of(
     st.none(),
     st.just(Ring()),
     st.builds(TwoPhase, backs, st.none() | st.integers(1, 64)),
+    st.builds(Hierarchical, backs, st.none() | st.integers(1, 64)),
 )
 
 
@@ -189,6 +200,19 @@ def test_the_way_back_is_rounded_by_the_same_rule() -> None:
     assert scheme.algorithm.back == codec("int4:round=stochastic")
 
 
+def test_what_travels_inside_a_host_is_rounded_as_without_memory() -> None:
+    scheme = Scheme.parse("int4+ef@hierarchical:inner=int8").resolve(Role.GRADIENT)
+    assert isinstance(scheme.algorithm, Hierarchical)
+    assert scheme.codec == codec("int4:round=nearest")
+    assert scheme.algorithm.inner == codec("int8:round=stochastic")
+
+
+def test_what_knows_no_hosts_goes_by_the_codec_s_default() -> None:
+    assert Scheme.parse("int4+ef@hierarchical:inner=bf16").flat() == Scheme.parse("int4+ef")
+    assert Scheme.parse("fp32@hierarchical").flat() == Scheme.parse("fp32")
+    assert Scheme.parse("int4+ef@ring").flat() == Scheme.parse("int4+ef@ring")
+
+
 def test_one_rule_decides() -> None:
     assert default_round(Plain(), Role.GRADIENT) == "stochastic"
     assert default_round(ErrorFeedback(beta=0.9), Role.GRADIENT) == "nearest"
@@ -201,7 +225,7 @@ def test_a_codec_without_rounding_is_left_alone() -> None:
 
 def test_lossless_is_the_library_s_own_collective_only() -> None:
     assert Scheme.parse("fp32").lossless
-    for text in ("fp32@two_phase", "fp32@ring", "bf16@native", "int8"):
+    for text in ("fp32@two_phase", "fp32@hierarchical", "fp32@ring", "bf16@native", "int8"):
         assert not Scheme.parse(text).lossless
 
 

@@ -3,7 +3,7 @@
 `ALGORITHMS` has the all-reduces that a scheme may name. The others have one way each.
 """
 
-from . import native, ring, two_phase
+from . import hierarchical, native, ring, two_phase
 from .base import Algorithm, Step, Steps, drive
 from .exchange import all_to_all, all_to_all_split, broadcast, raw, raw_reduce_scatter
 from .p2p import Mail
@@ -13,6 +13,9 @@ from .two_phase import all_gather, reduce_scatter
 ALGORITHMS: dict[str, Algorithm] = {
     "native": Algorithm(native.all_reduce, native.wire_bytes, native.seconds),
     "two_phase": Algorithm(two_phase.all_reduce, two_phase.wire_bytes, two_phase.seconds),
+    "hierarchical": Algorithm(
+        hierarchical.all_reduce, hierarchical.wire_bytes, hierarchical.seconds
+    ),
     "ring": Algorithm(ring.all_reduce, ring.wire_bytes, ring.seconds),
 }
 

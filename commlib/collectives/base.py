@@ -51,10 +51,19 @@ class Step(Enum):
 Steps = Generator[Step | Pending, bool, None]
 
 
+class Exchange(NamedTuple):
+    """An exchange under way: what arrives and what leaves."""
+
+    pending: Pending
+    got: torch.Tensor
+    sent: torch.Tensor
+
+
 class Algorithm(NamedTuple):
     """A row of the table of collectives.
 
-    run(x, transport, compressor, key, layout, pool, *, factor, hold, back, slices) -> Steps
+    run(x, transport, compressor, key, layout, pool, *, factor, hold, **options) -> Steps, with the
+    options that the algorithm's config stands for.
     wire_bytes(layout, scheme, topology): bytes a rank sends.
     seconds(layout, scheme, topology): time on the links; coding comes on top.
     """
@@ -173,6 +182,7 @@ def scheme_wires(layout: Layout, scheme: Scheme, topology: Topology) -> tuple[in
 
 __all__ = [
     "Algorithm",
+    "Exchange",
     "Pool",
     "Step",
     "Steps",

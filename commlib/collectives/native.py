@@ -31,13 +31,10 @@ def all_reduce(
     *,
     factor: float = 1.0,
     hold: tuple[int, ...] = (),
-    back: Compressor | None = None,
-    slices: int | None = None,
 ) -> Steps:
     """Replace flat `x` by `factor` times the sum over ranks; arguments as in `two_phase`.
 
-    Segments that lie apart in x are brought together for the exchange. `back` and `slices` belong
-    to two_phase and are not used.
+    Segments that lie apart in x are brought together for the exchange.
     """
     if transport.size == 1:
         scale_(x, layout, factor)

@@ -32,13 +32,8 @@ def all_reduce(
     *,
     factor: float = 1.0,
     hold: tuple[int, ...] = (),
-    back: Compressor | None = None,
-    slices: int | None = None,
 ) -> Steps:
-    """Replace flat `x` by `factor` times the sum over ranks; arguments as in `two_phase`.
-
-    `back` and `slices` belong to two_phase and are not used.
-    """
+    """Replace flat `x` by `factor` times the sum over ranks; arguments as in `two_phase`."""
     size, rank, codec = transport.size, transport.rank, compressor.codec
     scale_(x, layout, factor)  # before the first coding: a later factor would meet rounded values
     if size == 1:

@@ -11,6 +11,8 @@ of p and q bytes in the two exchanges: (W-1) p + (W-1) q.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import torch
 
 from commlib_kernels.layout import Layout
@@ -18,8 +20,9 @@ from commlib_kernels.layout import Layout
 from ..feedback import Compressor, Key
 from ..scheme import Scheme
 from ..topology import Topology
-from ..traffic import Transport
+from ..traffic import Pending, Transport
 from .base import (
+    Exchange,
     Step,
     Steps,
     begin,
@@ -59,45 +62,69 @@ def all_reduce(
     second = back or compressor
     layout = message(layout, codec, transport.size, back.codec if back else None)
     begin(compressor, key, back)
-    owner, rank = reduced_key(key), transport.rank
+    owner = reduced_key(key)
     layouts = parts(codec, layout, slices if second.codec.sliceable else 1)
     wires = [pool.take(codec.nbytes(part)) for part in layouts]
     done = yield from encode_parts(compressor, key, x, wires, layouts, hold)
 
-    got, exchanges = [], []
+    shares = []
     for number, part in enumerate(layouts):
         if number >= done:
             with span("encode"):
                 compressor.compress(key, x, wires[number], part, hold=hold)
-        got.append(pool.take(wires[number].numel()))
-        with span("exchange"):
-            exchanges.append(transport.all_to_all(got[-1], wires[number]))
-
-    mine, gathered, gathers = [], [], []
-    for number, part in enumerate(layouts):
-        yield exchanges[number]
-        chunk = part.only(rank)
-        mine.append(pool.take(second.codec.nbytes(chunk)))
-        with span("reduce"):
-            if back is None:
-                compressor.reduce(owner, got[number], mine[-1], chunk, factor=factor, hold=hold)
-            else:
-                buffer = pool.take(chunk.chunk_numel(rank) * x.itemsize)
-                dense = buffer.view(x.dtype)
-                compressor.reduce(owner, got[number], dense, chunk, factor=factor)
-                back.compress(owner, dense, mine[-1], part.only(rank, dense=True), hold=hold)
-                pool.give(buffer)
-        pool.give(got[number], wires[number])
-        gathered.append(pool.take(mine[-1].numel() * transport.size))
-        with span("exchange"):
-            gathers.append(transport.all_gather(gathered[-1], mine[-1]))
+        shares.append(scatter(transport, wires[number], pool))
+    sums = yield from gather_sums(
+        shares, transport, compressor, key, layouts, pool, factor=factor, hold=hold, back=back
+    )
     yield Step.ISSUED
 
-    for number, part in enumerate(layouts):
-        yield gathers[number]
+    for part, (pending, gathered, mine) in zip(layouts, sums, strict=True):
+        yield pending
         with span("decode"):
-            second.decompress(owner, gathered[number], x, part)
-        pool.give(gathered[number], mine[number])
+            second.decompress(owner, gathered, x, part)
+        pool.give(gathered, mine)
+
+
+def scatter(transport: Transport, wire: torch.Tensor, pool: Pool) -> Exchange:
+    """Every payload of a wire to its owner."""
+    got = pool.take(wire.numel())
+    with span("exchange"):
+        return Exchange(transport.all_to_all(got, wire), got, wire)
+
+
+def gather_sums(
+    shares: list[Exchange],
+    transport: Transport,
+    compressor: Compressor,
+    key: Key,
+    layouts: list[Layout],
+    pool: Pool,
+    *,
+    factor: float,
+    hold: tuple[int, ...],
+    back: Compressor | None = None,
+) -> Generator[Step | Pending, bool, list[Exchange]]:
+    """As the shares of a slice arrive, sum them, code the sum, and gather everybody's."""
+    owner, rank = reduced_key(key), transport.rank
+    second, sums = back or compressor, []
+    for part, (pending, got, wire) in zip(layouts, shares, strict=True):
+        yield pending
+        chunk = part.only(rank)
+        mine = pool.take(second.codec.nbytes(chunk))
+        with span("reduce"):
+            if back is None:
+                compressor.reduce(owner, got, mine, chunk, factor=factor, hold=hold)
+            else:
+                buffer = pool.take(chunk.chunk_numel(rank) * chunk.dtype.itemsize)
+                dense = buffer.view(chunk.dtype)
+                compressor.reduce(owner, got, dense, chunk, factor=factor)
+                back.compress(owner, dense, mine, part.only(rank, dense=True), hold=hold)
+                pool.give(buffer)
+        pool.give(got, wire)
+        gathered = pool.take(mine.numel() * transport.size)
+        with span("exchange"):
+            sums.append(Exchange(transport.all_gather(gathered, mine), gathered, mine))
+    return sums
 
 
 def reduce_scatter(

@@ -12,7 +12,7 @@ and NCCL needs no second set of buffers on the device.
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -21,18 +21,14 @@ from torch.distributed import distributed_c10d
 from commlib.communicator import Communicator
 from commlib.policy import Policy
 from commlib.telemetry import Meter
-from commlib.transport import TorchTransport, backends, group_device
+from commlib.transport import TorchTransport, backends, close_group, group_device, open_group
 
-c10d: Any = distributed_c10d  # its helpers are missing from the stubs
-_opened: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+c10d: Any = distributed_c10d
 _channels: WeakSet[dist.ProcessGroup] = WeakSet()
 
 
 def channel(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
     """A new group for CPU tensors over the ranks of `group`; all call this, in the same order.
-
-    Not by `new_group`: that is called by the whole world, or (use_local_synchronization) names the
-    group by how many groups a rank has seen, which ranks may disagree on; then it hangs.
 
     Raises:
         ValueError: this process is not in the group.
@@ -40,23 +36,9 @@ def channel(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
     group = group or dist.group.WORLD
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError("this process is not a member of the group it was given")
-    ranks = dist.get_process_group_ranks(group)
-    number = _opened[group] = _opened.get(group, 0) + 1  # by group: its ranks count alike
-    name = f"{group.group_name}/commlib{number}"
-    opened, _ = c10d._new_process_group_helper(
-        group.size(),
-        group.rank(),
-        ranks,
-        dist.Backend(_backend(group)),
-        c10d._get_process_group_store(group),
-        name,
-        timeout=_timeout(group),
-        group_desc="commlib",
-    )
-    c10d._world.pg_group_ranks[opened] = {rank: place for place, rank in enumerate(ranks)}
-    result: dist.ProcessGroup = opened
-    _channels.add(result)
-    return result
+    opened = open_group(group, range(group.size()), _backend(group), _timeout(group))
+    _channels.add(opened)
+    return opened
 
 
 def communicator(
@@ -83,7 +65,7 @@ def communicator(
     try:
         return Communicator(opened, policy, seed=seed, timeout=timeout, meter=meter)
     except BaseException:
-        _close(opened)
+        close_group(opened)
         raise
 
 
@@ -96,12 +78,7 @@ def retire(communicator: Communicator) -> None:
     assert isinstance(transport, TorchTransport)
     # aborted: an exchange may still be pending, and gloo would wait for it
     if not aborted and not transport.destroyed and transport.group in _channels:
-        _close(transport.group)
-
-
-def _close(group: dist.ProcessGroup) -> None:
-    if group in c10d._world.pg_map:  # torch.distributed may have destroyed all groups
-        dist.destroy_process_group(group)
+        close_group(transport.group)
 
 
 def _backend(group: dist.ProcessGroup) -> str:

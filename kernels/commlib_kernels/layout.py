@@ -12,6 +12,7 @@ regrouping parameters into other buckets, or cutting a message into slices, chan
 bytes of a parameter nor the place of its residual.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -161,9 +162,11 @@ def _cumulative(sizes: tuple[int, ...]) -> tuple[int, ...]:
 def _spans(layout: Layout, fmt: Format, rank: int) -> Iterator[tuple[int, int, int, int]]:
     """(segment, cut begin, begin of this slice, end of this slice) of every segment."""
     s, parts = layout.part
+    # The same for every format of a message: what one codes of a slice another decodes.
+    block = math.lcm(layout.align, fmt.align)
     for segment in range(len(layout.sizes)):
         begin, end = layout.cut(segment, rank)
-        unit = SECTION // 2 if layout.is_exact(segment) else fmt.align
+        unit = SECTION // 2 if layout.is_exact(segment) else block
         units = -(-(end - begin) // unit)
         yield (
             segment,

@@ -15,7 +15,7 @@ from commlib.codecs import codec
 from commlib.collectives import ALGORITHMS, Pool, drive
 from commlib.feedback import Compressor, ErrorFeedback, Plain
 from commlib.scheme import Scheme
-from commlib.topology import Link, Topology
+from commlib.topology import Link, Topology, nodes_of
 from commlib.transport import ThreadTransport, run_ranks
 from commlib_kernels.layout import Layout
 
@@ -36,6 +36,8 @@ CODECS = (
     "qsgd:levels=4:norm=l2",
     "natural",
 )
+# The host of each rank, for the algorithm that knows hosts: uneven ones, and ranks that alternate.
+HOSTS = {1: "a", 2: "ab", 3: "aab", 4: "abab", 7: "aabcbcb"}
 # Relative step of a code, as a fraction of the largest value of its block; None: no such bound.
 STEP = {
     "fp32": 0.0, "bf16": 2**-8, "fp16": 2**-11, "fp8": 2**-4, "int8": 0.5 / 127,
@@ -56,23 +58,23 @@ def reduce(
     *,
     key: Any = "x",
     factor: float = 1.0,
-    slices: int | None = None,
     feedback: Any = None,
     back: str | None = None,
     steps: int = 1,
+    **options: Any,
 ) -> tuple[list[torch.Tensor], list[int]]:
     """The last of `steps` all-reduces of `xs`, and the bytes each rank sent in all."""
 
     def rank(t: ThreadTransport) -> tuple[torch.Tensor, int]:
         pool = Pool(t.device)
         compressor = Compressor(codec(text), feedback or Plain(), seed=5, rank=t.rank)
-        second = Compressor(codec(back), feedback or Plain(), seed=5, rank=t.rank) if back else None
+        how = {"nodes": nodes_of(HOSTS[t.size])} if name == "hierarchical" else {}
+        if back is not None:
+            how["back"] = Compressor(codec(back), feedback or Plain(), seed=5, rank=t.rank)
         for _ in range(steps):
             x = xs[t.rank].clone()
             run = ALGORITHMS[name].run
-            drive(
-                run(x, t, compressor, key, layout, pool, factor=factor, slices=slices, back=second)
-            )
+            drive(run(x, t, compressor, key, layout, pool, factor=factor, **how, **options))
         return x, t.bytes_sent
 
     results = run_ranks(len(xs), rank)
@@ -103,14 +105,14 @@ def test_ranks_end_equal_and_near_the_sum(name: str, text: str, size: int) -> No
         return
     # every input errs by its step, the sum by its own; a ring rounds partial sums at every hop
     step, top = STEP[text], sum(x.abs().max().item() for x in xs)
-    hops = {"two_phase": 2, "ring": size, "native": size + 1}[name]
+    hops = {"two_phase": 2, "hierarchical": 2, "ring": size, "native": size + 1}[name]
     bound = 0.5 * hops * step * top * (1 + hops * step) * 1.02 + 1e-6
     assert (outs[0] - total).abs().max() <= bound
 
 
 @pytest.mark.parametrize("size", [2, 3, 7])
 @pytest.mark.parametrize("numel", [1, 5, 31, 129, 1000])
-@pytest.mark.parametrize("name", ["two_phase", "ring"])
+@pytest.mark.parametrize("name", ["two_phase", "hierarchical", "ring"])
 def test_every_element_is_covered_once(name: str, numel: int, size: int) -> None:
     """Integers up to 127 times a power of two are exact in int8 if each block has a 127."""
     x = torch.arange(numel, dtype=torch.float32) % 127 + 1
@@ -121,18 +123,27 @@ def test_every_element_is_covered_once(name: str, numel: int, size: int) -> None
         assert torch.equal(out, x)
 
 
+@pytest.mark.parametrize("name", ["two_phase", "hierarchical"])
 @pytest.mark.parametrize("text", ["int4", "int8:round=stochastic", "bf16"])
-def test_slices_change_nothing(text: str) -> None:
+def test_slices_change_nothing(text: str, name: str) -> None:
     xs = inputs(3, 20_000)
     layout = Layout((7000, 12_000, 1000))
     key = ("a", "b", "c")
-    whole, _ = reduce("two_phase", text, xs, layout, key=key, slices=1, steps=3)
+    whole, _ = reduce(name, text, xs, layout, key=key, slices=1, steps=3)
     for slices in (2, 5):
-        cut, _ = reduce("two_phase", text, xs, layout, key=key, slices=slices, steps=3)
+        cut, _ = reduce(name, text, xs, layout, key=key, slices=slices, steps=3)
         assert torch.equal(cut[0], whole[0])
 
 
-@pytest.mark.parametrize("name", ["two_phase", "ring"])
+@pytest.mark.parametrize("back", ["fp32", "int3:block=96"])
+def test_slices_change_nothing_where_the_halves_have_other_blocks(back: str) -> None:
+    xs = inputs(2, 20_000)
+    whole, _ = reduce("two_phase", "int8", xs, Layout((20_000,)), back=back, slices=1)
+    cut, _ = reduce("two_phase", "int8", xs, Layout((20_000,)), back=back, slices=3)
+    assert torch.equal(cut[0], whole[0])
+
+
+@pytest.mark.parametrize("name", ["two_phase", "hierarchical", "ring"])
 def test_grouping_changes_nothing(name: str) -> None:
     """A parameter's result does not depend on the bucket it travels in, residuals included."""
     xs = inputs(4, 5000)
@@ -160,7 +171,7 @@ def test_fp32_native_is_bitwise_the_library_collective() -> None:
     assert all(torch.equal(a, b) for a, b in zip(outs, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", ["two_phase", "native"])
+@pytest.mark.parametrize("name", ["two_phase", "hierarchical", "native"])
 def test_scattered_and_exact_segments(name: str) -> None:
     """Only the segments are touched; exact ones come out as exact as the dtype allows."""
     xs = inputs(3, 1000)
@@ -182,7 +193,11 @@ def test_scattered_and_exact_segments(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    "scheme", [("two_phase", "int8"), ("ring", "int8"), ("native", "bf16"), ("native", "fp32")]
+    "scheme",
+    [
+        *(("two_phase", "int8"), ("hierarchical", "int8"), ("ring", "int8")),
+        *(("native", "bf16"), ("native", "fp32"), ("hierarchical", "fp32")),
+    ],
 )
 def test_half_tensors(scheme: tuple[str, str], dtype: torch.dtype) -> None:
     xs = inputs(4, 1000, dtype)
@@ -241,17 +256,18 @@ def test_error_of_a_ring_grows_with_the_ranks_and_of_two_phase_does_not() -> Non
     assert errors["ring", 7] > 1.3 * errors["ring", 2]
 
 
-@pytest.mark.parametrize("name", ["two_phase", "ring"])
+@pytest.mark.parametrize("name", ["two_phase", "hierarchical", "ring"])
 def test_feedback_makes_the_mean_over_steps_exact(name: str) -> None:
     """Sums of what was sent differ from sums of what was given by the residuals alone."""
     xs, steps = inputs(3, 1000), 64
 
     def rank(t: ThreadTransport) -> torch.Tensor:
         pool, seen = Pool(t.device), torch.zeros(1000)
+        how = {"nodes": nodes_of(HOSTS[3])} if name == "hierarchical" else {}
         compressor = Compressor(codec("int2:round=nearest"), ErrorFeedback(), rank=t.rank)
         for _ in range(steps):
             x = xs[t.rank].clone()
-            drive(ALGORITHMS[name].run(x, t, compressor, "x", Layout((1000,)), pool))
+            drive(ALGORITHMS[name].run(x, t, compressor, "x", Layout((1000,)), pool, **how))
             seen += x
         return seen / steps
 
