@@ -154,6 +154,7 @@ def single(op: str, scheme: Scheme, key: str | None, numel: int, dtype: torch.dt
 
 
 def segmented(
+    op: str,
     keys: tuple[str, ...],
     sizes: tuple[int, ...],
     schemes: Sequence[Scheme],
@@ -161,11 +162,13 @@ def segmented(
     *,
     lossless: bool,
     exactly: AlgorithmConfig | None = None,
+    rows: int = 0,
 ) -> Plan:
-    """The plan of an all_reduce of segments back to back: one message per scheme.
+    """The plan of a call on segments back to back: one message per scheme.
 
-    lossless: all of them raw, as one native message. exactly: how raw segments are summed beside
-    compressed ones; None: two_phase.
+    lossless: all of them raw, as one message of the library's own. exactly: how raw segments are
+    summed beside compressed ones; None: two_phase. rows: how often the tensor has the segments, for
+    reduce_scatter.
     """
     label = keys[0] if len(keys) == 1 else f"{keys[0]} +{len(keys) - 1}"
     text = {
@@ -176,8 +179,8 @@ def segmented(
         "native": lossless,
     }
     if lossless or dtype not in DTYPES:
-        whole = Message(raw(), Layout((sum(sizes),), dtype), None, tuple(range(len(sizes))))
-        return Plan("all_reduce", label, [whole], text)
+        layout = Layout((sum(sizes) * max(1, rows),), dtype)
+        return Plan(op, label, [Message(raw(), layout, None, tuple(range(len(sizes))))], text)
     groups: dict[Scheme, list[int]] = {}
     plain: list[int] = []
     for place, scheme in enumerate(schemes):
@@ -209,12 +212,15 @@ def segmented(
         layout = Layout(
             tuple(sizes[s] for s in places),
             dtype,
+            ranks=max(1, rows),
+            stacked=rows > 0,
             offsets=() if back_to_back else tuple(starts[s] for s in places),
+            pitch=0 if back_to_back else sum(sizes),
             exact=flags if any(flags) and scheme.codec.id != "fp32" else (),
         )
         key = tuple(keys[s] for s in places)
         messages.append(Message(scheme, layout, key, tuple(places)))
-    return Plan("all_reduce", label, messages, text)
+    return Plan(op, label, messages, text)
 
 
 def _states(scheme: Scheme, key: Key) -> frozenset[str]:
