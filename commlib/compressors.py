@@ -48,15 +48,22 @@ class Compressors:
     def state_dict(self) -> dict[str, Any]:
         """What each remembers, by `CODEC+FEEDBACK`."""
         return {
-            str(codec) + (f"+{memory}" if str(memory) else ""): compressor.state_dict()
+            text_of(codec, memory): compressor.state_dict()
             for (codec, memory), compressor in self._made.items()
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`; what is not in it is forgotten."""
-        self._made.clear()
-        for text, saved in state.items():
-            self.of(Scheme.parse(text)).load_state_dict(saved)
+        """Go on from `state_dict()`; what is not in it is forgotten.
+
+        Raises: ValueError: it is no such state, and nothing has changed.
+        """
+        old, self._made = self._made, {}
+        try:
+            for text, saved in state.items():
+                self.of(Scheme.parse(text)).load_state_dict(saved)
+        except BaseException:
+            self._made = old
+            raise
 
     def reset(self, *, in_place: bool = False) -> None:
         for compressor in self._made.values():
@@ -84,3 +91,8 @@ class Compressors:
         warmup = getattr(backend_for(self._device), "warmup", None)
         if warmup is not None:
             warmup(codec.format, self._device)
+
+
+def text_of(codec: Codec, memory: Feedback) -> str:
+    """`CODEC+FEEDBACK`: a scheme's text without its algorithm."""
+    return f"{codec}+{memory}" if str(memory) else str(codec)
