@@ -10,7 +10,7 @@ make the same calls in the same order. How calls are planned, agreed on and carr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -20,13 +20,16 @@ from . import collectives
 from .collectives import Steps
 from .engine import Engine
 from .feedback import Compressor
-from .plans import Message, exact, explicit, is_exact, segmented
+from .plans import Message, exact, explicit, is_exact
 from .policy import TensorInfo, raw
-from .scheme import DTYPES, Role, Scheme
+from .scheme import DTYPES, Role, Scheme, TwoPhase
 from .traffic import Transport, check_all_to_all, check_rank, check_tensor
 from .work import Work
 
 __all__ = ["Communicator", "Work", "exact"]
+
+Own = Callable[[], object]
+"""The library's own collective, which takes the place of one that compresses nothing."""
 
 
 class Communicator(Engine):
@@ -69,42 +72,28 @@ class Communicator(Engine):
         keys: tuple[str, ...],
         sizes: tuple[int, ...],
         ndims: tuple[int, ...] | None = None,
+        numels: tuple[int, ...] | None = None,
         *,
         factor: float | str = 1.0,
         role: Role = Role.GRADIENT,
         async_op: bool = False,
         hold: Sequence[int] = (),
+        own: Own | None = None,
     ) -> Work:
         """`all_reduce` of flat `x` that holds one named tensor after the other (a DDP bucket).
 
         Args:
             keys, sizes, ndims: name, elements and dimensions of each segment; a policy chooses for
                 each. ndims None: not known.
+            numels: elements of the tensors that the segments are shards of, as the policy counts
+                them; None: `sizes`.
             hold: segments whose residual stays out of this message (unused parameters).
+            own: called instead where nothing is compressed: a collective of the library's own.
         """
-        check_tensor("all_reduce_segments", x, self.transport.device)
         times = self._factor(factor, x)
-        plain, era = is_exact(), self._era(keys)
-        id_ = (keys, sizes, x.dtype, role, plain, era)
-        plan = self._plans.get(id_)
-        if plan is None:
-            if len(keys) != len(sizes) or sum(sizes) != x.numel():
-                raise ValueError(
-                    f"all_reduce_segments: {len(keys)} keys, {len(sizes)} sizes adding up to "
-                    f"{sum(sizes)}, a tensor of {x.numel()} elements; they must fit"
-                )
-            if len(set(keys)) != len(keys):
-                raise ValueError(f"all_reduce_segments: a key names one tensor, got {keys}")
-            # What was measured is messages, so under "auto" the size of the message decides.
-            infos = [
-                TensorInfo(k, x.numel() if self._auto else n, x.dtype, role, d, era)
-                for k, n, d in zip(keys, sizes, ndims or (None,) * len(keys), strict=True)
-            ]
-            schemes = [raw() if plain else self._choose(info) for info in infos]
-            native = self.policy.lossless or self._auto
-            native = plain or (native and all(scheme.lossless for scheme in schemes))
-            plan = segmented(keys, sizes, schemes, x.dtype, lossless=native)
-            self._adopt(id_, plan)
+        plan = self._segments("all_reduce", x, keys, sizes, ndims, numels, role)
+        if plan.lossless and own is not None:
+            return _done(own, x)
         flat, held = x.detach().view(-1), tuple(hold)
         return self._carrier.start(
             plan, x, flat, lambda m, t: self._reducing(m, t, flat, times, held), async_op
@@ -122,12 +111,7 @@ class Communicator(Engine):
         async_op: bool = False,
     ) -> Work:
         """`out` becomes `factor` times the sum over ranks of their row `rank` of `x` (W rows)."""
-        check_tensor("reduce_scatter", out, self.transport.device)
-        if x.numel() != self.size * out.numel() or x.dtype != out.dtype:
-            raise ValueError(
-                f"reduce_scatter: x has {x.numel()} elements of {x.dtype}, out {out.numel()} of "
-                f"{out.dtype}; x must hold {self.size} x out of the same dtype"
-            )
+        self._check_rows("reduce_scatter", x, out, wide="x")
         times = self._factor(factor, x)
         plan = self._plan("reduce_scatter", x, key, role, scheme)
         flat, row = x.detach().view(-1), out.detach().view(-1)
@@ -140,6 +124,85 @@ class Communicator(Engine):
             return collectives.reduce_scatter(
                 row, flat, t, compressor, m.key, layout, self._pool, factor=times
             )
+
+        return self._carrier.start(plan, out, flat, steps, async_op)
+
+    def reduce_scatter_segments(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        keys: tuple[str, ...],
+        sizes: tuple[int, ...],
+        ndims: tuple[int, ...] | None = None,
+        numels: tuple[int, ...] | None = None,
+        *,
+        factor: float | str = 1.0,
+        role: Role = Role.GRADIENT,
+        async_op: bool = False,
+        own: Own | None = None,
+    ) -> Work:
+        """`reduce_scatter` of rows that hold one named shard after the other (an FSDP2 group).
+
+        Residuals are (W, size) by name; exact segments ride in the same message.
+
+        Args:
+            keys, sizes, ndims, own: as in `all_reduce_segments`; sizes of one row.
+            numels: elements of the whole tensors, as the policy counts them; None: W x `sizes`.
+        """
+        self._check_rows("reduce_scatter_segments", x, out, wide="x")
+        times = self._factor(factor, x)
+        plan = self._segments("reduce_scatter", x, keys, sizes, ndims, numels, role, self.size)
+        if plan.lossless and own is not None:
+            return _done(own, out)
+        flat, row = x.detach().view(-1), out.detach().view(-1)
+
+        def steps(m: Message, t: Transport) -> Steps:
+            if plan.lossless:
+                return collectives.raw_reduce_scatter(row, flat, t, times)
+            config = m.scheme.algorithm
+            return collectives.reduce_scatter(
+                row,
+                flat,
+                t,
+                self._compressors.of(m.scheme),
+                m.key,
+                m.layout,
+                self._pool,
+                factor=times,
+                slices=config.slices if isinstance(config, TwoPhase) else None,
+            )
+
+        return self._carrier.start(plan, out, flat, steps, async_op)
+
+    def all_gather_segments(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        keys: tuple[str, ...],
+        sizes: tuple[int, ...],
+        ndims: tuple[int, ...] | None = None,
+        numels: tuple[int, ...] | None = None,
+        *,
+        role: Role = Role.PARAMETER,
+        async_op: bool = False,
+        own: Own | None = None,
+    ) -> Work:
+        """`all_gather` of `x` that holds one named shard after the other; `x` may lie in `out`.
+
+        Args: as in `reduce_scatter_segments`.
+        """
+        self._check_rows("all_gather_segments", x, out, wide="out")
+        numels = numels or tuple(n * self.size for n in sizes)
+        plan = self._segments("all_gather", x, keys, sizes, ndims, numels, role)
+        if plan.lossless and own is not None:
+            return _done(own, out)
+        flat, rows = x.detach().view(-1), out.detach().view(-1)
+
+        def steps(m: Message, t: Transport) -> Steps:
+            if plan.lossless:
+                return collectives.raw(lambda: t.all_gather(rows, flat))
+            compressor = self._compressors.of(m.scheme)
+            return collectives.all_gather(rows, flat, t, compressor, m.key, m.layout, self._pool)
 
         return self._carrier.start(plan, out, flat, steps, async_op)
 
@@ -157,12 +220,7 @@ class Communicator(Engine):
 
         What is gathered is a value, not an increment: without an explicit scheme, no feedback.
         """
-        check_tensor("all_gather", out, self.transport.device)
-        if out.numel() != self.size * x.numel() or x.dtype != out.dtype:
-            raise ValueError(
-                f"all_gather: out has {out.numel()} elements of {out.dtype}, x {x.numel()} of "
-                f"{x.dtype}; out must hold {self.size} x x of the same dtype"
-            )
+        self._check_rows("all_gather", x, out, wide="out")
         plan = self._plan("all_gather", x, key, role, scheme)
         flat, rows = x.detach().view(-1), out.detach().view(-1)
 
@@ -238,3 +296,20 @@ class Communicator(Engine):
             )
 
         return self._carrier.start(plan, x, flat, steps, async_op)
+
+    def _check_rows(self, op: str, x: torch.Tensor, out: torch.Tensor, *, wide: str) -> None:
+        """Refuse tensors of which `wide` ("x" or "out") is not W rows like the other."""
+        check_tensor(op, out, self.transport.device)
+        rows, row = (x, out) if wide == "x" else (out, x)
+        if rows.numel() != self.size * row.numel() or rows.dtype != row.dtype:
+            other = "out" if wide == "x" else "x"
+            raise ValueError(
+                f"{op}: {wide} has {rows.numel()} elements of {rows.dtype}, {other} {row.numel()} "
+                f"of {row.dtype}; {wide} must hold {self.size} x {other} of the same dtype"
+            )
+
+
+def _done(own: Own, result: torch.Tensor) -> Work:
+    """A call that the library's own collective has carried out."""
+    own()
+    return Work(result, 0)

@@ -18,7 +18,7 @@ from .collectives import ALGORITHMS, Pool, Steps
 from .compressors import Compressors
 from .planner import measure
 from .planner import policy as measured_policy
-from .plans import Message, Plan, explicit, is_exact, parse_scheme, single, why_raw
+from .plans import Message, Plan, explicit, is_exact, parse_scheme, segmented, single, why_raw
 from .policy import Policy, TensorInfo, raw
 from .scheme import Role, Scheme, TwoPhase
 from .stamp import WIRE_VERSION
@@ -198,6 +198,52 @@ class Engine:
         plan = single(op, chosen, key, numel, x.dtype)
         if detail is not None:
             plan.text["detail"] = detail
+        self._adopt(id_, plan)
+        return plan
+
+    def _segments(
+        self,
+        op: str,
+        x: torch.Tensor,
+        keys: tuple[str, ...],
+        sizes: tuple[int, ...],
+        ndims: tuple[int, ...] | None,
+        numels: tuple[int, ...] | None,
+        role: Role,
+        rows: int = 0,
+    ) -> Plan:
+        """The plan of a call on named segments of `x`, agreed.
+
+        rows: how often `x` has them, for reduce_scatter.
+        """
+        check_tensor(op, x, self.transport.device)
+        plain, era = is_exact(), self._era(keys)
+        id_ = (op, keys, sizes, numels, x.dtype, role, plain, era)
+        plan = self._plans.get(id_)
+        if plan is not None:
+            return plan
+        if len(keys) != len(sizes) or sum(sizes) * max(1, rows) != x.numel():
+            each = f" in each of {rows} rows" if rows else ""
+            raise ValueError(
+                f"{op}_segments: {len(keys)} keys, {len(sizes)} sizes adding up to {sum(sizes)}"
+                f"{each}, a tensor of {x.numel()} elements; they must fit"
+            )
+        if len(set(keys)) != len(keys):
+            raise ValueError(f"{op}_segments: a key names one tensor, got {keys}")
+        # What was measured is messages, so under "auto" the size of the message decides.
+        numels = numels or tuple(n * max(1, rows) for n in sizes)
+        facts = zip(keys, numels, ndims or (None,) * len(keys), strict=True)
+        infos = [
+            TensorInfo(k, x.numel() if self._auto else n, x.dtype, role, d, era)
+            for k, n, d in facts
+        ]
+        schemes = [raw() if plain else self._choose(info) for info in infos]
+        if op not in INCREMENTS:
+            schemes = [scheme.stateless() for scheme in schemes]
+        # Under a policy that compresses, raw segments are added in rank order like the others.
+        own = plain or self.policy.lossless or self._auto or op not in INCREMENTS
+        own = own and all(scheme.lossless for scheme in schemes)
+        plan = segmented(op, keys, sizes, schemes, x.dtype, lossless=own, rows=rows)
         self._adopt(id_, plan)
         return plan
 

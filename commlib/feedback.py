@@ -38,7 +38,10 @@ def names_of(key: Key) -> tuple[str, ...]:
 
 
 class _Arena(NamedTuple):
-    """The residuals of one message's segments, back to back as the kernels want them."""
+    """The residuals of one message's segments, back to back as the kernels want them.
+
+    Of a stacked message one row per repetition; a segment's is then a strip (repetitions, numel).
+    """
 
     residual: torch.Tensor
     scales: torch.Tensor | None
@@ -68,7 +71,7 @@ class Compressor:
     def __post_init__(self) -> None:
         self.feedback.check(self.codec)
         self._residuals: dict[str, _Arena] = {}  # views into the arenas, or loaded state
-        self._arenas: dict[tuple[tuple[str, ...], tuple[int, ...]], _Arena] = {}
+        self._arenas: dict[tuple[tuple[str, ...], tuple[int, ...], int], _Arena] = {}
         self._counters = counters(self.device, stochastic=self.codec.format.stochastic)
         self._memories: dict[tuple[str, str], torch.Tensor] = {}
         self._streams: dict[Key, tuple[int, ...]] = {}
@@ -88,7 +91,7 @@ class Compressor:
         if isinstance(self.feedback, Plain):
             return
         for index, name in enumerate(names_of(key)):
-            numel = layout.sizes[index] * (layout.ranks if layout.stacked else 1)
+            numel = layout.sizes[index] * _rows(layout)
             old = self._residuals.get(name)
             if old is not None and old.residual.numel() != numel:
                 raise ValueError(
@@ -271,56 +274,64 @@ class Compressor:
         if owner:
             rank = layout.payloads[0]
             cuts = (layout.cut(s, rank) for s in range(len(names)))
-            sizes = tuple(b - a for a, b in cuts)
-        elif layout.stacked and len(names) > 1:
-            raise ValueError("feedback on stacked messages needs messages of one segment")
+            sizes, rows = tuple(b - a for a, b in cuts), 0
         else:
-            sizes = layout.sizes * (layout.ranks if layout.stacked else 1)
-        arena = self._arenas.get((names, sizes)) or self._arrange(names, sizes, layout, device)
+            sizes, rows = layout.sizes, layout.ranks if layout.stacked else 0
+        place = (names, sizes, rows)
+        arena = self._arenas.get(place) or self._arrange(*place, layout, device)
         f = self.feedback
         return Memory(arena.residual, arena.scales, f.alpha, f.beta, f.omega, tuple(hold))
 
     def _arrange(
-        self, names: tuple[str, ...], sizes: tuple[int, ...], layout: Layout, device: torch.device
+        self,
+        names: tuple[str, ...],
+        sizes: tuple[int, ...],
+        rows: int,
+        layout: Layout,
+        device: torch.device,
     ) -> _Arena:
-        """Lay the residuals of `names` back to back, moving those that exist already."""
+        """Lay the residuals of `names` back to back, moving those that exist already.
+
+        rows: of a stacked message; 0 for others.
+        """
         assert isinstance(self.feedback, ErrorFeedback)
         fmt, dtype = self.codec.format, RESIDUAL_DTYPES[self.feedback.dtype]
         if len(set(names)) != len(names):
             raise ValueError(f"a key names a segment twice: {names}")
-        # Repetitions of a stacked message are one name.
-        runs = [sizes] if len(names) == 1 else [(n,) for n in sizes]
-        for index, (name, run) in enumerate(zip(names, runs, strict=True)):
-            old = self._residuals.get(name)
-            if old is not None and old.residual.numel() != sum(run):
+        for index, (name, n) in enumerate(zip(names, sizes, strict=True)):
+            old, numel = self._residuals.get(name), n * max(1, rows)
+            if old is not None and old.residual.numel() != numel:
                 raise RuntimeError(
                     f"residual of {name!r} has {old.residual.numel()} elements, the tensor now "
-                    f"needs {sum(run)}; a key names one tensor of one size (reset() forgets it)"
+                    f"needs {numel}; a key names one tensor of one size (reset() forgets it)"
                 )
-            if fmt.per_segment and run[0] and not layout.is_exact(index):
-                self.feedback.check(self.codec, run[0])
-        residual = torch.zeros(sum(sizes), dtype=dtype, device=device)
+            if fmt.per_segment and n and not layout.is_exact(index):
+                self.feedback.check(self.codec, n)
+        shape = (rows,) if rows else ()
+        residual = torch.zeros(*shape, sum(sizes), dtype=dtype, device=device)
         scales = None
         if dtype is torch.int8:
-            scales = torch.zeros(blocks(sizes, fmt), dtype=torch.int16, device=device)
+            scales = torch.zeros(*shape, blocks(sizes, fmt), dtype=torch.int16, device=device)
         start = block = 0
-        for name, run in zip(names, runs, strict=True):
-            self._check_scales(name, blocks(run, fmt))
+        for name, n in zip(names, sizes, strict=True):
+            count = blocks((n,), fmt)
+            self._check_scales(name, count * max(1, rows))
             place = _Arena(
-                residual[start : start + sum(run)],
-                None if scales is None else scales[block : block + blocks(run, fmt)],
+                residual[..., start : start + n],
+                None if scales is None else scales[..., block : block + count],
             )
             for new, old_part in zip(place, self._residuals.get(name, (None, None)), strict=True):
                 if new is not None and old_part is not None:
-                    new.copy_(old_part)
+                    new.copy_(old_part.reshape(new.shape))
             self._residuals[name] = place
-            start, block = start + sum(run), block + blocks(run, fmt)
+            start, block = start + n, block + count
         # Arenas that held one of these names are stale now: their residual moved here.
         for other in [k for k in self._arenas if not set(names).isdisjoint(k[0])]:
             del self._arenas[other]
         self._shares |= {name: [layout.ranks, layout.align, 1.0] for name in names}
-        arena = self._arenas[names, sizes] = _Arena(residual, scales)
-        return arena
+        flat = _Arena(residual.view(-1), None if scales is None else scales.view(-1))
+        self._arenas[names, sizes, rows] = flat
+        return flat
 
     def _check_scales(self, name: str, count: int) -> None:
         """Refuse an int8 residual that was kept with other blocks."""
@@ -336,3 +347,8 @@ class Compressor:
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     """On the CPU: a file's tensor then goes to any device, not to the one it came from."""
     return tensor.to("cpu", copy=True)
+
+
+def _rows(layout: Layout) -> int:
+    """Repetitions of the segments."""
+    return layout.ranks if layout.stacked else 1

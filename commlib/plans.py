@@ -124,7 +124,7 @@ def why_raw(policy: Policy, info: TensorInfo) -> str | None:
     """Why a tensor that the policy's rules compress travels raw all the same; None: they do not."""
     if policy.lossless:
         return None
-    rule = next((rule for rule in policy.rules if rule.matches(info)), None)
+    rule = policy.rule(info)
     if rule is None or rule.scheme.lossless:
         return None
     if info.dtype not in DTYPES:
@@ -140,16 +140,19 @@ def single(op: str, scheme: Scheme, key: str | None, numel: int, dtype: torch.dt
 
 
 def segmented(
+    op: str,
     keys: tuple[str, ...],
     sizes: tuple[int, ...],
     schemes: Sequence[Scheme],
     dtype: torch.dtype,
     *,
     lossless: bool,
+    rows: int = 0,
 ) -> Plan:
-    """The plan of an all_reduce of segments back to back: one message per scheme.
+    """The plan of a call on segments back to back: one message per scheme.
 
-    lossless: all of them raw, as one native message.
+    lossless: all of them raw, as one message of the library's own. rows: how often the tensor has
+    the segments, for reduce_scatter.
     """
     label = keys[0] if len(keys) == 1 else f"{keys[0]} +{len(keys) - 1}"
     text = {
@@ -160,8 +163,8 @@ def segmented(
         "native": lossless,
     }
     if lossless or dtype not in DTYPES:
-        whole = Message(raw(), Layout((sum(sizes),), dtype), None, tuple(range(len(sizes))))
-        return Plan("all_reduce", label, [whole], text)
+        layout = Layout((sum(sizes) * max(1, rows),), dtype)
+        return Plan(op, label, [Message(raw(), layout, None, tuple(range(len(sizes))))], text)
     groups: dict[Scheme, list[int]] = {}
     plain: list[int] = []
     for place, scheme in enumerate(schemes):
@@ -182,12 +185,15 @@ def segmented(
         layout = Layout(
             tuple(sizes[s] for s in places),
             dtype,
+            ranks=max(1, rows),
+            stacked=rows > 0,
             offsets=() if back_to_back else tuple(starts[s] for s in places),
+            pitch=0 if back_to_back else sum(sizes),
             exact=flags if any(flags) and scheme.codec.id != "fp32" else (),
         )
         key = tuple(keys[s] for s in places)
         messages.append(Message(scheme, layout, key, tuple(places)))
-    return Plan("all_reduce", label, messages, text)
+    return Plan(op, label, messages, text)
 
 
 def _states(scheme: Scheme, key: Key) -> frozenset[str]:

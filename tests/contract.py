@@ -110,7 +110,7 @@ class Ground:
 def memory(case: Case, ground: Ground, *, owner: bool) -> Memory | None:
     """A residual of zeros for the whole tensor, or for the owner's chunk."""
     dtype = RESIDUALS[case.residual]
-    if dtype is None or (case.layout.stacked and len(case.layout.sizes) > 1):
+    if dtype is None:
         return None
     layout = case.layout
     if owner or layout.dense:
@@ -235,6 +235,10 @@ def layouts(fmt: Format, dtype: torch.dtype = torch.float32) -> Iterator[tuple[s
     yield "wider align", Layout((2000, 33), dtype, ranks=3, align=2 * align)
     yield "stacked", repeated
     yield "stacked segments", Layout((140, 9), dtype, ranks=2, stacked=True, exact=(False, True))
+    yield (
+        "stacked segments apart",
+        Layout((129, 40), dtype, ranks=3, stacked=True, offsets=(51, 3), pitch=201),
+    )
     yield "more ranks than blocks", Layout((9, 100), dtype, ranks=8, align=align)
     yield "chunk", cut.only(1)
     yield "last chunk", cut.only(3)

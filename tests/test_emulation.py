@@ -76,6 +76,9 @@ def test_bad_arguments_are_refused() -> None:
         emulation.Network(0)
     with pytest.raises(ValueError, match="ranks=0"):
         emulation.spawn(["true"], 0)
+    for hosts in (0, 3):
+        with pytest.raises(ValueError, match=f"hosts={hosts}: from 1 to ranks=2"):
+            emulation.spawn(["true"], 2, hosts=hosts)
     with pytest.raises(ValueError, match="the network has 1"):
         emulation.spawn(["true"], 2, network=emulation.Network(1))
     with pytest.raises(RuntimeError, match="the network is down"):
@@ -189,6 +192,45 @@ def test_each_rank_sees_its_own_host(capfd: pytest.CaptureFixture[str]) -> None:
         "1 given",
     ]
     assert interfaces() == before
+
+
+# Ranks 0 and 1 send each other `sys.argv[1]` bytes at their host's address, as gloo does.
+NEIGHBOURS = """
+    import os, pathlib, socket, sys, time
+    from commlib import emulation
+    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    here = os.environ["LOCAL_WORLD_SIZE"]
+    net = os.stat("/proc/self/ns/net").st_ino
+    sent = "-"
+    if rank < 2:
+        server = socket.create_server(("10.0.0.1", 5000 + local))
+        pathlib.Path(sys.argv[2], f"up{rank}").touch()
+        while not pathlib.Path(sys.argv[2], f"up{1 - rank}").exists():
+            time.sleep(0.01)
+        link = socket.create_connection(("10.0.0.1", 5001 - local))
+        peer, total = server.accept()[0], 0
+        link.sendall(bytes(int(sys.argv[1])))
+        link.close()
+        while data := peer.recv(1 << 16):
+            total += len(data)
+        sent = emulation.sent_bytes() < total
+    pathlib.Path(sys.argv[2], f"rank{rank}").write_text(f"{local} {here} {net} {sent}")
+"""
+
+
+@pytest.mark.usefixtures("hosts")
+def test_ranks_of_one_host_talk_inside_it(tmp_path: Path) -> None:
+    """5 ranks on 3 hosts are 2, 2 and 1; what two of one host say to each other leaves no eth0."""
+    argv = [*python(NEIGHBOURS), "200000", str(tmp_path)]
+    env = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    assert emulation.spawn(argv, 5, hosts=3, env=env, timeout=30) == 0
+    seen = [(tmp_path / f"rank{rank}").read_text().split() for rank in range(5)]
+    assert [(local, here) for local, here, *_ in seen] == [
+        ("0", "2"), ("1", "2"), ("0", "2"), ("1", "2"), ("0", "1"),
+    ]  # fmt: skip
+    spaces = [space for _, _, space, _ in seen]
+    assert [spaces.index(space) for space in spaces] == [0, 0, 2, 2, 4]
+    assert [sent for *_, sent in seen[:2]] == ["True", "True"]
 
 
 def test_loopback_needs_no_namespaces(capfd: pytest.CaptureFixture[str]) -> None:

@@ -135,15 +135,18 @@ def begin(compressor: Compressor, key: Key, back: Compressor | None = None) -> N
     (back or compressor).advance(reduced_key(key))
 
 
+def runs(layout: Layout) -> list[slice]:
+    """Where the segments of `layout` lie in a flat tensor."""
+    if not layout.offsets:
+        return [slice(0, sum(layout.sizes))]
+    return [slice(a, a + n) for a, n in zip(layout.starts, layout.sizes, strict=True)]
+
+
 def scale_(x: torch.Tensor, layout: Layout, factor: float) -> None:
     """Multiply the elements that `layout` covers, in place."""
-    if factor == 1.0:
-        return
-    if not layout.offsets:
-        x[: layout.numel].mul_(factor)
-        return
-    for start, size in zip(layout.starts, layout.sizes, strict=True):
-        x[start : start + size].mul_(factor)
+    if factor != 1.0:
+        for run in runs(layout):
+            x[run].mul_(factor)
 
 
 def message(
@@ -159,6 +162,7 @@ def message(
         offsets=layout.offsets,
         align=align,
         stacked=stacked,
+        pitch=layout.pitch,
     )
 
 
@@ -184,6 +188,7 @@ __all__ = [
     "num_slices",
     "parts",
     "reduced_key",
+    "runs",
     "scale_",
     "scheme_wires",
     "span",

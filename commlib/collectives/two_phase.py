@@ -27,6 +27,7 @@ from .base import (
     message,
     parts,
     reduced_key,
+    runs,
     scale_,
     scheme_wires,
     span,
@@ -114,11 +115,13 @@ def reduce_scatter(
 ) -> Steps:
     """`out` becomes `factor` times the sum over ranks of their row r of `x`, on rank r.
 
-    x: W rows like `out`, flat. layout: of one row. One quantization: the sum stays dense.
+    x: W rows like `out`, flat. layout: of one row (segments that lie apart need its `pitch`). One
+    quantization: the sum stays dense.
     """
+    places = runs(layout)
     if transport.size == 1:
-        out.copy_(x)
-        scale_(out, layout, factor)
+        for place in places:
+            torch.mul(x[place], factor, out=out[place])
         return
     codec, rank = compressor.codec, transport.rank
     layout = message(layout, codec, transport.size, stacked=True)
@@ -135,11 +138,18 @@ def reduce_scatter(
         with span("exchange"):
             exchanges.append(transport.all_to_all(got[-1], wires[number]))
     yield Step.ISSUED
+    # The sum comes out back to back.
+    buffer = pool.take(sum(layout.sizes) * out.itemsize) if layout.offsets else None
+    dense = out if buffer is None else buffer.view(out.dtype)
     for number, part in enumerate(layouts):
         yield exchanges[number]
         with span("reduce"):
-            compressor.reduce(reduced_key(key), got[number], out, part.only(rank), factor=factor)
+            compressor.reduce(reduced_key(key), got[number], dense, part.only(rank), factor=factor)
         pool.give(got[number], wires[number])
+    if buffer is not None:
+        for place, sums in zip(places, dense.split(layout.sizes), strict=True):
+            out[place].copy_(sums)
+        pool.give(buffer)
 
 
 def all_gather(
@@ -155,7 +165,8 @@ def all_gather(
 ) -> Steps:
     """`out` becomes the ranks' `x`, in rank order, the same bits on all ranks.
 
-    x may lie inside `out`. layout: of x. With one rank `out` is a copy.
+    x may lie inside `out`. layout: of x (segments that lie apart: with a row of `out` as `pitch`).
+    With one rank `out` is a copy.
     """
     if transport.size == 1:
         out.copy_(x)

@@ -26,6 +26,7 @@ def spawn(
     argv: Sequence[str],
     ranks: int,
     *,
+    hosts: int | None = None,
     rate: str | None = None,
     network: Network | None = None,
     env: Mapping[str, str] | None = None,
@@ -33,9 +34,12 @@ def spawn(
 ) -> int:
     """Run `argv` once per rank and return 0, the first failed rank's exit code, or 124 (timeout).
 
-    With `rate` every rank gets an emulated host of its own on a new network of that rate, with
-    `network` on that (running) one; with neither, all run on this machine's loopback. Every rank
-    sees RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT,
+    With `rate` or `hosts` the ranks run on a new network of that many emulated hosts and that
+    rate, with `network` on that (running) one; with none of them, all run on this machine's
+    loopback. By default every rank gets a host of its own; fewer `hosts` hold several ranks each,
+    in order, the first ones one more where it does not divide: 5 ranks on 2 hosts are 0, 1, 2 and
+    3, 4. Ranks of one host talk inside it, so what `sent_bytes` counts is what passes between
+    hosts. Every rank sees RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT,
     GLOO_SOCKET_IFNAME and OMP_NUM_THREADS=1; `env` is added last. Rank 0 writes to this process's
     stdout and stderr; the others' output is kept and its end shown if they fail. After a failure, a
     timeout (seconds) or an exception here, every rank is killed.
@@ -44,48 +48,60 @@ def spawn(
     """
     if ranks < 1:
         raise ValueError(f"ranks={ranks}: at least one rank must run")
-    if network is not None:
-        if rate is not None:
-            raise ValueError("give rate or network, not both: a network has its own rate")
-        if ranks > network.hosts:
-            raise ValueError(f"ranks={ranks} need as many hosts, the network has {network.hosts}")
-        return _Ranks(argv, ranks, network, env).join(timeout)
+    if hosts is not None and not 1 <= hosts <= ranks:
+        raise ValueError(f"hosts={hosts}: from 1 to ranks={ranks}, as every host runs a rank")
+    if network is None and (hosts or rate) is None:
+        return _Ranks(argv, [ranks], None, env).join(timeout)
+    used = hosts or ranks
+    sizes = [ranks // used + (host < ranks % used) for host in range(used)]
+    if network is None:
+        with Network(used, rate) as own:
+            return _Ranks(argv, sizes, own, env).join(timeout)
     if rate is not None:
-        with Network(ranks, rate) as own:
-            return _Ranks(argv, ranks, own, env).join(timeout)
-    return _Ranks(argv, ranks, None, env).join(timeout)
+        raise ValueError("give rate or network, not both: a network has its own rate")
+    if used > network.hosts:
+        raise ValueError(
+            f"ranks={ranks} on {used} hosts, but the network has {network.hosts}: give `hosts` to "
+            "run several ranks on each"
+        )
+    return _Ranks(argv, sizes, network, env).join(timeout)
 
 
 class _Ranks:
-    """The processes of one `spawn`."""
+    """The processes of one `spawn`: `sizes[h]` of them on host h, or all of them on loopback."""
 
     def __init__(
         self,
         argv: Sequence[str],
-        size: int,
+        sizes: Sequence[int],
         network: Network | None,
         env: Mapping[str, str] | None,
     ) -> None:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.logs: list[IO[bytes] | None] = []
         world = {
-            "WORLD_SIZE": str(size),
-            "LOCAL_WORLD_SIZE": "1" if network else str(size),
+            "WORLD_SIZE": str(sum(sizes)),
             "MASTER_ADDR": network.address(0) if network else "127.0.0.1",
             "MASTER_PORT": str(MASTER_PORT if network else _free_port()),
             "GLOO_SOCKET_IFNAME": "eth0" if network else "lo",
             "OMP_NUM_THREADS": "1",
         }
+        places = [(host, local) for host, ranks in enumerate(sizes) for local in range(ranks)]
         try:
-            for rank in range(size):
-                place = {"RANK": str(rank), "LOCAL_RANK": "0" if network else str(rank)}
-                command = network.command(rank, argv) if network else [*_until_parent_ends(), *argv]
+            for rank, (host, local) in enumerate(places):
+                place = {"RANK": rank, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": sizes[host]}
+                command = network.command(host, argv) if network else [*_until_parent_ends(), *argv]
                 log = tempfile.TemporaryFile() if rank else None  # noqa: SIM115, closed in kill()
                 self.logs.append(log)
-                with _cores(rank, size) if network else nullcontext():
+                with _cores(host, len(sizes)) if network else nullcontext():
                     process = subprocess.Popen(
                         command,
-                        env={**os.environ, **world, **place, **(env or {})},
+                        env={
+                            **os.environ,
+                            **world,
+                            **{name: str(value) for name, value in place.items()},
+                            **(env or {}),
+                        },
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=log,

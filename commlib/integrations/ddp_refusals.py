@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 PYTHON_REDUCER = (
@@ -18,10 +19,16 @@ SPARSE = "sparse gradients are not supported; build the embedding with sparse=Fa
 def as_ddp(model: nn.Module) -> DistributedDataParallel:
     inner = getattr(model, "_orig_mod", model)  # torch.compile(ddp)
     if not isinstance(inner, DistributedDataParallel):
+        kind = f"{type(inner).__module__}.{type(inner).__qualname__}"
+        if isinstance(inner, FullyShardedDataParallel):
+            raise ValueError(
+                f"commlib.wrap takes FSDP2 (torch.distributed.fsdp.fully_shard), got FSDP1's "
+                f"{kind}, whose hooks see gradients without their names; use fully_shard"
+            )
         raise ValueError(
-            f"commlib.wrap takes a torch.nn.parallel.DistributedDataParallel, got "
-            f"{type(inner).__module__}.{type(inner).__qualname__}. Wrap the model in DDP first; "
-            "FSDP2 modules and pipeline stages are not supported yet"
+            f"commlib.wrap takes a torch.nn.parallel.DistributedDataParallel, a model sharded by "
+            "torch.distributed.fsdp.fully_shard, or a schedule or stage of "
+            f"torch.distributed.pipelining, got {kind}; make it one of them first"
         )
     return inner
 

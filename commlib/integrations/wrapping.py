@@ -6,8 +6,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from commlib.integrations import ddp
+from commlib.integrations import ddp, fsdp
 from commlib.integrations.ddp import DDPState
+from commlib.integrations.fsdp import FSDPState
+from commlib.integrations.fsdp_refusals import is_fsdp
 from commlib.integrations.pipeline import Pipeline
 from commlib.integrations.pipeline_hooks import attach_schedule, detach
 from commlib.integrations.pipeline_policy import PolicyLike, facts_of, parse
@@ -25,13 +27,14 @@ def wrap(
 ) -> Thing:
     """Compress what a model sends; returns the same object.
 
-    model: a `DistributedDataParallel` (its gradients: `integrations.ddp.wrap`), or a schedule or
-    stage of torch.distributed.pipelining (activations and their gradients: `wrap_pipeline`). Every
-    rank calls it with the same arguments.
+    model: a `DistributedDataParallel` (its gradients: `integrations.ddp.wrap`), a model sharded by
+    `fully_shard` (its gradients: `integrations.fsdp.wrap`), or a schedule or stage of
+    torch.distributed.pipelining (activations and their gradients: `wrap_pipeline`). Every rank
+    calls it with the same arguments.
 
     Args:
         policy: scheme text, `Policy`, table or path of a policy file; None: COMMLIB_POLICY, else
-            "int8+ef" for DDP and "int8" for pipelines.
+            "int8+ef" for gradients and "int8" for pipelines.
         backward: of a pipeline, for the gradients of activations; None: as `policy`.
         seed: of the random streams; None: what it was, at first 0.
         timeout: seconds a collective or an agreement may take; None: the group's.
@@ -42,19 +45,23 @@ def wrap(
         if backward is not None:
             raise ValueError(
                 f"backward={backward!r} is for pipelines, whose messages have two directions; a "
-                "DDP model sends gradients only"
+                "module sends gradients only"
             )
+        if is_fsdp(model):
+            return fsdp.wrap(model, policy, seed=seed, timeout=timeout)
         return ddp.wrap(model, policy, seed=seed, timeout=timeout)
     wrap_pipeline(model, policy, backward=backward, seed=seed, timeout=timeout)
     return model
 
 
 def of(model: Any) -> Any:
-    """The state of a wrapped DDP model (`DDPState`) or pipeline (`Pipeline`).
+    """The state of a wrapped model (`DDPState`, `FSDPState`) or pipeline (`Pipeline`).
 
     Raises: ValueError: it is not wrapped. RuntimeError: it is a copy that lost its hook.
     """
-    return ddp.of(model) if isinstance(model, nn.Module) else of_pipeline(model)
+    if not isinstance(model, nn.Module):
+        return of_pipeline(model)
+    return fsdp.of(model) if is_fsdp(model) else ddp.of(model)
 
 
 def wrap_pipeline(
@@ -157,4 +164,4 @@ def _why_not(stages: list[Any], pipeline: Pipeline) -> str:
     return ""
 
 
-__all__ = ["DDPState", "Pipeline", "of", "wrap"]
+__all__ = ["DDPState", "FSDPState", "Pipeline", "of", "wrap"]

@@ -48,6 +48,7 @@ class Layout:
         part: (s, S): slice s of S of every chunk. Owners, blocks and residuals stay where they are.
         chunk: the message holds this payload alone; None for all.
         dense: with `chunk`: the tensor is the owner's dense chunk (`chunk_numel` elements).
+        pitch: where stacked: elements from one repetition to the next; 0: those of the segments.
     """
 
     sizes: tuple[int, ...]
@@ -60,6 +61,7 @@ class Layout:
     part: tuple[int, int] = (0, 1)
     chunk: int | None = None
     dense: bool = False
+    pitch: int = 0
 
     def __post_init__(self) -> None:
         if any(n < 0 for n in self.sizes):
@@ -100,7 +102,12 @@ class Layout:
         repetitions = self.ranks if self.stacked else 1
         starts = self.starts
         last = max((a + n for a, n in zip(starts, self.sizes, strict=True)), default=0)
-        return (repetitions - 1) * sum(self.sizes) + last
+        return (repetitions - 1) * self.row + last
+
+    @property
+    def row(self) -> int:
+        """Elements from one repetition to the next."""
+        return self.pitch or sum(self.sizes)
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -214,7 +221,7 @@ def pieces(layout: Layout, fmt: Format, *, owner: bool = False) -> tuple[Piece, 
         codes, scales, _ = _sections(layout, fmt, rank)
         code = index * size
         scale, raw = code + codes, code + codes + scales
-        repetition = rank * numel if layout.stacked else 0
+        repetition = rank if layout.stacked else 0
         # Where stacked, every repetition has random numbers and residuals of its own.
         local = local_block = segment_block = 0
         for segment, begin, a, b in _spans(layout, fmt, rank):
@@ -224,20 +231,18 @@ def pieces(layout: Layout, fmt: Format, *, owner: bool = False) -> tuple[Piece, 
             own = local + a - begin
             rows.append(
                 Piece(
-                    x=own if layout.dense else repetition + starts[segment] + a,
+                    x=own if layout.dense else repetition * layout.row + starts[segment] + a,
                     numel=n,
                     code=raw if exact else code,
                     scale=scale,
-                    base=(rank * _padded(layout.sizes[segment], fmt) if layout.stacked else 0) + a,
+                    base=repetition * _padded(layout.sizes[segment], fmt) + a,
                     segment=segment,
                     exact=int(exact),
-                    memory=own if owner else repetition + dense_starts[segment] + a,
+                    memory=own if owner else repetition * numel + dense_starts[segment] + a,
                     memory_block=(
                         local_block + (a - begin) // fmt.block
                         if owner
-                        else (rank if layout.stacked else 0) * all_blocks
-                        + segment_block
-                        + a // fmt.block
+                        else repetition * all_blocks + segment_block + a // fmt.block
                     ),
                     # Repetitions share no scale; chunks of one segment do.
                     group=index * len(layout.sizes) + segment if layout.stacked else segment,
