@@ -55,17 +55,22 @@ class Compressors:
     def state_dict(self) -> dict[str, Any]:
         """What each remembers, by `CODEC+FEEDBACK`, with `@hierarchical` where it is of hosts."""
         return {
-            str(codec)
-            + (f"+{memory}" if str(memory) else "")
-            + ("@hierarchical" if of_hosts else ""): compressor.state_dict()
+            text_of(codec, memory, of_hosts): compressor.state_dict()
             for (codec, memory, of_hosts), compressor in self._made.items()
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`; what is not in it is forgotten."""
-        self._made.clear()
-        for text, saved in state.items():
-            self.of(Scheme.parse(text)).load_state_dict(saved)
+        """Go on from `state_dict()`; what is not in it is forgotten.
+
+        Raises: ValueError: it is no such state, and nothing has changed.
+        """
+        old, self._made = self._made, {}
+        try:
+            for text, saved in state.items():
+                self.of(Scheme.parse(text)).load_state_dict(saved)
+        except BaseException:
+            self._made = old
+            raise
 
     def reset(self, *, in_place: bool = False) -> None:
         for compressor in self._made.values():
@@ -97,3 +102,9 @@ class Compressors:
         warmup = getattr(backend_for(self._device), "warmup", None)
         if warmup is not None:
             warmup(codec.format, self._device)
+
+
+def text_of(codec: Codec, memory: Feedback, of_hosts: bool = False) -> str:
+    """`CODEC+FEEDBACK`: a scheme's text, with no algorithm but a hierarchical one."""
+    text = f"{codec}+{memory}" if str(memory) else str(codec)
+    return f"{text}@{Hierarchical.id}" if of_hosts else text

@@ -116,10 +116,27 @@ class Engine:
                 f"the residuals of {', '.join(self._carrier.lost)} are of a message that did not "
                 f"arrive: load the last checkpoint into a new communicator. {self._carrier.aborted}"
             )
-        return {"compressors": self._compressors.state_dict(), "steps": dict(self._steps)}
+        return {
+            "rank": self.rank,
+            "world_size": self.size,
+            "compressors": self._compressors.state_dict(),
+            "steps": dict(self._steps),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`: what follows is bitwise what would have followed."""
+        """Continue from `state_dict()`: what follows is bitwise what would have followed.
+
+        Raises: ValueError: the state is another rank's, or of another number of ranks: see
+            `reshard.redistribute`. RuntimeError: a CUDA graph holds the residuals.
+        """
+        if not {"rank", "world_size", "compressors", "steps"} <= state.keys():
+            raise ValueError(f"no state of a communicator: it has {', '.join(state) or 'nothing'}")
+        here, there = (self.rank, self.size), (state["rank"], state["world_size"])
+        if here != there:
+            raise ValueError(
+                f"residuals belong to one rank: these are of rank {there[0]} of {there[1]}, this "
+                f"is rank {here[0]} of {here[1]}; reshard.redistribute makes those of other ranks"
+            )
         if self._carrier.captures.any:
             raise RuntimeError(
                 "a CUDA graph was captured with this communicator, and goes on with the residuals "
@@ -139,7 +156,9 @@ class Engine:
                 self._carrier.captures.forget()
 
     def rescale(self, factor: float) -> None:
-        """Multiply all residuals by `factor`."""
+        """Multiply all residuals by `factor`. ValueError where it is not finite."""
+        if not math.isfinite(factor):
+            raise ValueError(f"rescale: factor is {factor}, it must be finite; reset() forgets")
         with self._carrier.still():
             self._compressors.rescale(factor)
 
@@ -243,6 +262,8 @@ class Engine:
         schemes = [raw() if plain else self._choose(info) for info in infos]
         if op not in INCREMENTS:
             schemes = [scheme.stateless() for scheme in schemes]
+        if op != "all_reduce":
+            schemes = [self._flat(op, scheme) for scheme in schemes]
         # Under a policy that compresses, raw segments are added in rank order like the others.
         own = plain or self.policy.lossless or self._auto or op not in INCREMENTS
         own = own and all(scheme.lossless for scheme in schemes)

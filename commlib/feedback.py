@@ -75,6 +75,8 @@ class Compressor:
         self._counters = counters(self.device, stochastic=self.codec.format.stochastic)
         self._memories: dict[tuple[str, str], torch.Tensor] = {}
         self._streams: dict[Key, tuple[int, ...]] = {}
+        self._shares: dict[str, list[Any]] = {}  # how each residual joins the result
+        self._factors: dict[Key, float] = {}  # of the last sum, by the owner's key
 
     def check(self, key: Key, layout: Layout) -> None:
         """Refuse a message that the memory of `key` cannot serve, before anything is sent.
@@ -141,6 +143,7 @@ class Compressor:
         Args:
             hold: as in `compress`.
         """
+        self._factors[key] = factor
         coded = out.dtype == torch.uint8
         memory = self._memory(key, layout, out.device, owner=True, hold=hold) if coded else None
         self.codec.reduce(wires, out, layout, self._tag(key), factor=factor, memory=memory)
@@ -183,13 +186,18 @@ class Compressor:
                 as_bf16.mul_(factor)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Residuals, steps and named state by name: tensors and ints only (``weights_only``)."""
-        residuals = {n: a.residual.clone() for n, a in self._residuals.items()}
-        scales = {n: a.scales.clone() for n, a in self._residuals.items() if a.scales is not None}
-        memories = {f"{k}|{n}": t.clone() for (k, n), t in self._memories.items()}
+        """Residuals, steps and named state by name, copied to the CPU.
+
+        Tensors, numbers and strings only (``weights_only``).
+        """
+        held = self._residuals.items()
+        residuals = {n: _copy(a.residual) for n, a in held}
+        scales = {n: _copy(a.scales) for n, a in held if a.scales is not None}
+        memories = {f"{k}|{n}": _copy(t) for (k, n), t in self._memories.items()}
         return {
             "residuals": residuals,
             "scales": scales,
+            "shares": self._told_shares(),
             "steps": self._counters.state(),
             "memories": memories,
         }
@@ -198,8 +206,13 @@ class Compressor:
         """Take up what `state_dict` gave.
 
         Raises:
-            ValueError: a residual has another dtype than this feedback keeps.
+            ValueError: it is no such state, or a residual has another dtype than this feedback
+                keeps.
         """
+        missing = {"residuals", "scales", "shares", "steps", "memories"} - state.keys()
+        missing |= state.get("residuals", {}).keys() - state.get("shares", {}).keys()
+        if missing:
+            raise ValueError(f"no state of a compressor: it has no {', '.join(sorted(missing))}")
         want = None if isinstance(self.feedback, Plain) else RESIDUAL_DTYPES[self.feedback.dtype]
         for name, residual in state["residuals"].items():
             if residual.dtype != want:
@@ -208,6 +221,8 @@ class Compressor:
                     f"keeps {want}; load it into the scheme that saved it"
                 )
         self._arenas.clear()
+        self._factors.clear()
+        self._shares = {name: list(share) for name, share in state["shares"].items()}
         self._residuals = {
             name: _Arena(
                 residual.clone(),
@@ -220,6 +235,20 @@ class Compressor:
         for label, tensor in state["memories"].items():
             key, _, name = label.rpartition("|")
             self._memories[key, name] = tensor.clone()
+
+    def _told_shares(self) -> dict[str, list[Any]]:
+        """Of each residual: the ranks of its message, where that was cut, and its factor.
+
+        The factor is what the result takes the residual times, apart from alpha: "avg" where that
+        was one over the ranks, and so would be another number among others. An owner's is 1, as is
+        that of a message whose sum is not coded again.
+        """
+        for key, factor in self._factors.items():
+            for name in names_of(key):
+                share = self._shares.get(name.removesuffix(OWNER))
+                if share is not None:
+                    share[2] = "avg" if share[0] > 1 and factor == 1 / share[0] else factor
+        return {name: list(self._shares[name]) for name in self._residuals}
 
     def _tag(self, key: Key) -> Tag:
         names = names_of(key)
@@ -299,6 +328,7 @@ class Compressor:
         # Arenas that held one of these names are stale now: their residual moved here.
         for other in [k for k in self._arenas if not set(names).isdisjoint(k[0])]:
             del self._arenas[other]
+        self._shares |= {name: [layout.ranks, layout.align, 1.0] for name in names}
         flat = _Arena(residual.view(-1), None if scales is None else scales.view(-1))
         self._arenas[names, sizes, rows] = flat
         return flat
@@ -312,6 +342,11 @@ class Compressor:
                 f"{self.codec.format.block} elements need {count}; load it into the scheme that "
                 "saved it (reset() forgets it)"
             )
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """On the CPU: a file's tensor then goes to any device, not to the one it came from."""
+    return tensor.to("cpu", copy=True)
 
 
 def _rows(layout: Layout) -> int:

@@ -28,6 +28,7 @@ from commlib.integrations.ddp_refusals import (
     device_of,
 )
 from commlib.integrations.state import PolicyLike, State
+from commlib.policy import Role, TensorInfo
 
 log = logging.getLogger("commlib")
 
@@ -150,6 +151,7 @@ class DDPState(State):
         self._device: torch.device | None = None  # of the model
         self._find_unused = find_unused_parameters
         self._names: dict[torch.Tensor, str] = {}
+        self._bound = False  # to a model, whose parameters have names
         self._detached = False
 
     @property
@@ -165,6 +167,15 @@ class DDPState(State):
 
     def _place(self) -> tuple[int, int]:
         return self.communicator.rank, self.communicator.size
+
+    def _tensors(self) -> dict[str, dict[str, TensorInfo]]:
+        if not self._bound:  # names are made up as buckets bring parameters
+            return {}
+        infos = {
+            name: TensorInfo(name, p.numel(), p.dtype, Role.GRADIENT, p.dim())
+            for p, name in self._names.items()
+        }
+        return {GRADIENTS: infos}
 
     # What wrap, of and hook do with a state.
 
@@ -196,6 +207,7 @@ class DDPState(State):
 
     def _bind(self, ddp: DistributedDataParallel) -> None:
         self._names = {p: n.replace(COMPILED, "") for n, p in ddp.module.named_parameters()}
+        self._bound = True
         # With a static graph DDP knows the unused ones after one step, and they never change.
         self._find_unused = bool(ddp.find_unused_parameters and not ddp.static_graph)
         device = device_of(ddp)

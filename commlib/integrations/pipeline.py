@@ -53,6 +53,7 @@ from commlib.integrations.pipeline_edges import (
 from commlib.integrations.pipeline_hooks import Samples, attach
 from commlib.integrations.pipeline_policy import told_policy
 from commlib.integrations.pipeline_wires import Due, decode, sample, with_wire
+from commlib.integrations.ranked import in_world, ranked, unranked
 from commlib.modes import Delta, Reuse
 from commlib.plans import is_exact, why_raw
 from commlib.policy import Policy, Scheme, TensorInfo
@@ -172,24 +173,24 @@ class Pipeline:
     def state_dict(self) -> dict[str, Any]:
         """References, residuals and counters of this rank: tensors, numbers and strings.
 
-        One file per rank. A run resumed on all ranks is bitwise the uninterrupted one.
+        One file per rank, or this object itself for torch.distributed.checkpoint. A run resumed on
+        all ranks is bitwise the uninterrupted one.
         """
         if self.aborted:
             raise RuntimeError(f"a message of this pipeline did not arrive. {self.aborted}")
-        return {
-            "rank": self.transport.rank,
-            "world_size": self.transport.size,
-            "policy": str(told_policy(self.policy)),
-            "history": self._history,
-            "boundaries": {key: b.state_dict() for key, b in self._boundaries.items()}
-            | self._saved,
-        }
+        rank, size = self.transport.rank, self.transport.size
+        state: dict[str, Any] = {"rank": rank, "world_size": size, "history": self._history}
+        state["policy"] = str(told_policy(self.policy))
+        state["boundaries"] = {key: b.state_dict() for key, b in self._boundaries.items()}
+        state["boundaries"] |= self._saved
+        return ranked(state, *in_world(rank, size))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()` of the same rank, on all ranks.
 
         Raises: ValueError: of another rank or policy. RuntimeError: it has changed since.
         """
+        state = unranked(state, "boundaries", "policy", "history")
         here = (self.transport.rank, self.transport.size, str(told_policy(self.policy)))
         there = (state["rank"], state["world_size"], state["policy"])
         if here != there:

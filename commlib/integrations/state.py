@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from commlib.communicator import Communicator
 from commlib.integrations import channel
-from commlib.policy import Policy, Scheme
+from commlib.integrations.fits import check_fits
+from commlib.integrations.ranked import Ranks, in_world, ranked, unranked
+from commlib.policy import Policy, Scheme, TensorInfo
 
 log = logging.getLogger("commlib")
 
@@ -49,6 +52,14 @@ class State:
         """This rank and how many there are, among those that hold the model."""
         raise NotImplementedError
 
+    def _tensors(self) -> dict[str, dict[str, TensorInfo]]:
+        """What each communicator carries, by name, as the policy sees it; empty where not known."""
+        return {}
+
+    def _shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Of what each communicator reduce-scatters, by name: dimension 0 is what is cut."""
+        return {}
+
     @property
     def communicators(self) -> dict[str, Communicator]:
         """By what they carry; the first access makes them, on all ranks alike."""
@@ -62,24 +73,60 @@ class State:
     def state_dict(self) -> dict[str, Any]:
         """Residuals and step counters by parameter name: tensors, numbers and strings only.
 
-        They belong to this rank: save one file per rank. A resumed run is bitwise the uninterrupted
-        one.
+        They belong to this rank, and say so: `{"rank 3 of 4": (...,)}`. Save one file per rank, or
+        give this object itself to torch.distributed.checkpoint. A resumed run is bitwise the
+        uninterrupted one.
         """
         rank, size = self._place()
         memory = {name: c.state_dict() for name, c in self.communicators.items()}
-        return {"rank": rank, "world_size": size, "memory": memory}
+        return ranked({"rank": rank, "world_size": size, "memory": memory}, *in_world(rank, size))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()` of the same rank in a group of the same size.
 
         Raises:
-            ValueError: the state is another rank's or comes from another number of ranks.
+            ValueError: the state is another rank's or comes from another number of ranks (then
+                `load_states` takes those of all ranks), or its residuals would not be sent here: of
+                other parameters, or of another scheme.
         """
-        complaint = self._mismatch(state)
+        mine = unranked(state, "memory")
+        complaint = self._mismatch(mine)
         if complaint:
-            raise ValueError(f"{complaint}; to start from zero residuals call reset() instead")
-        for name, communicator in self.communicators.items():
-            communicator.load_state_dict(state["memory"][name])
+            raise ValueError(
+                f"{complaint}; load_states() takes those of all ranks, reset() starts from zero"
+            )
+        self._load(mine)
+
+    def load_states(self, states: Iterable[dict[str, Any]]) -> None:
+        """Continue from the states of all ranks of a run with any number of ranks.
+
+        What the results are owed stays the same (`commlib.reshard` has the equations). From as many
+        ranks as there are here each takes its own. What cannot be carried on is told by rank 0.
+
+        Args:
+            states: what `state_dict()` gave on each rank, in rank order; read one after the other,
+                such as `(torch.load(f"{r}.pt") for r in range(4))`.
+
+        Raises: ValueError: a rank is missing or out of order; and as `load_state_dict`.
+        """
+        rank, size = self._place()
+        ranks, others = Ranks(self._shapes()), 0
+        for saved in states:
+            state = unranked(saved, "memory")
+            if (state["rank"], state["world_size"]) == (rank, size):
+                self._load(state)
+                return
+            if state["world_size"] == size:
+                others += 1
+            else:
+                ranks.add(state)
+        if others:
+            raise ValueError(f"{others} states of {size} ranks, and none of this rank {rank}")
+        ranks.finish()
+        self._load(ranks.state(rank, size))
+        told = ranks.told(size)
+        if told and rank == 0:
+            log.warning("%s", told)
 
     def stats(self) -> str:
         """A table of what travelled: raw and wire bytes, seconds, sampled error."""
@@ -94,7 +141,22 @@ class State:
             communicator.reset()
 
     def rescale(self, factor: float) -> None:
-        """Multiply all residuals by `factor`: after the loss scale changed by that factor."""
+        """Multiply all residuals by `factor`, of senders and of owners.
+
+        A residual h is in the units of the gradient. Where these change, it must change alike:
+
+            GradScaler's scale went from S to S'     gradients are S g        rescale(S' / S)
+            the learning rate of SGD jumped from
+            a to b                                   h still owes a step a h  rescale(a / b)
+
+        For SGD the second keeps ``w - lr h``, the weights as they would be without compression,
+        where they are across the jump: a step ``w' = w - lr Q(g + h)``, ``h' = g + h - Q(g + h)``
+        moves them by ``- lr g``, as it should. Smooth schedules do without; under momentum and Adam
+        it holds approximately. int8 residuals are off by 2^-9 of themselves where the factor is no
+        power of two.
+
+        Raises: ValueError: `factor` is not finite.
+        """
         for communicator in self.communicators.values():
             communicator.rescale(factor)
 
@@ -124,6 +186,19 @@ class State:
         self.timeout = self.timeout if timeout is None else timeout
         self.close()
 
+    def _load(self, state: dict[str, Any]) -> None:
+        """Take up an unranked state of this rank, if it is of this model."""
+        memory, tensors = state["memory"], self._tensors()
+        if memory.keys() != self.communicators.keys():
+            raise ValueError(
+                f"the state is of communicators {', '.join(memory) or '(none)'}, this model has "
+                f"{', '.join(self.communicators)}"
+            )
+        for name, communicator in self.communicators.items():
+            check_fits(communicator, tensors.get(name, {}), memory[name])
+        for name, communicator in self.communicators.items():
+            communicator.load_state_dict(memory[name])
+
     def _mismatch(self, state: dict[str, Any]) -> str:
         """Why `state` cannot continue here; empty where it can."""
         here, there = self._place(), (state["rank"], state["world_size"])
@@ -136,7 +211,7 @@ class State:
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Like load_state_dict, for a model unpickled on a rank that did not pickle it."""
-        complaint = self._mismatch(state)
+        complaint = self._mismatch(unranked(state, "memory"))
         if complaint:
             log.warning("%s; they start from zero", complaint)
         else:

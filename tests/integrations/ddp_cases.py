@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import commlib
 from commlib.integrations.ddp import DDPState, hook
+from commlib.integrations.ranked import ranked, unranked
 
 WIDTH = 48
 
@@ -126,8 +127,15 @@ def residuals(model: nn.Module) -> dict[str, torch.Tensor]:
         elif isinstance(value, torch.Tensor):
             found[path] = value.clone()
 
-    walk("", commlib.of(model).state_dict()["memory"])
+    walk("", unranked(commlib.of(model).state_dict())["memory"])
     return found
 
 
-__all__ = ["DDP", "DDPState", "commlib", "hook"]  # for the test files beside this one
+__all__ = [
+    "DDP",
+    "DDPState",
+    "commlib",
+    "hook",
+    "ranked",
+    "unranked",
+]

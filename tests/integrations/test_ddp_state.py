@@ -26,9 +26,11 @@ from tests.integrations.ddp_cases import (
     hook,
     mlp,
     raises,
+    ranked,
     relative,
     residuals,
     train,
+    unranked,
     weights,
 )
 from tests.processes import Pool
@@ -59,14 +61,14 @@ def resume_is_bitwise(folder: str) -> None:
 def state_is_of_one_rank() -> None:
     model = commlib.wrap(DDP(mlp()), "int8+ef")
     train(model, 1)
-    state = commlib.of(model).state_dict()
-    other = {**state, "rank": (dist.get_rank() + 1) % dist.get_world_size()}
-    raises(ValueError, f"rank {other['rank']} of", "reset()")(
-        lambda: commlib.of(model).load_state_dict(other)
-    )
-    raises(ValueError, "of 64", "reset()")(
-        lambda: commlib.of(model).load_state_dict({**state, "world_size": 64})
-    )
+    state = unranked(commlib.of(model).state_dict())
+    other = (dist.get_rank() + 1) % dist.get_world_size()
+    for change in ({"rank": other}, {"world_size": 64}):
+        saved = ranked({**state, **change}, 0, 64)
+        words = [f"{what} {n}" for what, n in (("rank", other), ("of", 64)) if n in change.values()]
+        raises(ValueError, *words, "load_states()", "reset()")(
+            lambda saved=saved: commlib.of(model).load_state_dict(saved)
+        )
 
 
 def memory_is_told_reset_and_rescaled() -> None:

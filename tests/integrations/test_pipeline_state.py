@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 import commlib
+from commlib.integrations.ranked import unranked
 from tests.integrations.pipeline_cases import (
     BATCH,
     WIDTH,
@@ -80,7 +81,7 @@ def states() -> None:
         other = forward.replace("+delta", "+delta:store=disk")
         second = commlib.wrap(build("1F1B"), other, backward=backward)
         if "lep" in backward:
-            state = commlib.of(first).state_dict()
+            state = unranked(commlib.of(first).state_dict())
             assert state["boundaries"]["stage1.backward.to0"]["compressor"]
         load(second, file)
         assert commlib.of(second).state_dict().keys() == commlib.of(first).state_dict().keys()
@@ -98,7 +99,7 @@ def states() -> None:
     third = commlib.wrap(build("1F1B"), "int8")
     has(error_of(lambda: load(third, file), ValueError), ["int8", "int4", "load it where"])
     state = commlib.of(third).state_dict()
-    state["rank"] = 1 - state["rank"]
+    unranked(state)["rank"] = 1 - dist.get_rank()
     has(error_of(lambda: commlib.of(third).load_state_dict(state), ValueError), ["rank"])
 
 
@@ -147,7 +148,8 @@ def tampered() -> None:
     small_step(first, 0, **told)
     state = commlib.of(first).state_dict()
     if dist.get_rank() == 1:
-        state["boundaries"]["stage0.forward.to1"]["references"]["rows"][3, 7] += 1.0
+        end = unranked(state)["boundaries"]["stage0.forward.to1"]
+        end["references"]["rows"][3, 7] += 1.0
     second = commlib.wrap(build("1F1B"), "int4+delta", timeout=20.0)
     commlib.of(second).load_state_dict(state)
     text = error_of(lambda: small_step(second, 1, **told), RuntimeError)

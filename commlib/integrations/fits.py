@@ -1,0 +1,64 @@
+"""Whether what was saved is what a model here will use: else its residuals would never be sent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from commlib.communicator import Communicator
+from commlib.compressors import text_of
+from commlib.feedback import OWNER
+from commlib.policy import Policy, TensorInfo
+from commlib.scheme import Role, Scheme, TwoPhase, unknown
+
+
+def check_fits(
+    communicator: Communicator, tensors: Mapping[str, TensorInfo], saved: Mapping[str, Any]
+) -> None:
+    """Refuse residuals that no tensor here has, that are of another size or of another scheme.
+
+    Args:
+        tensors: by name; empty where they are not known yet.
+        saved: what `Communicator.state_dict` gave.
+
+    Raises: ValueError naming the residual, what it is and what is expected.
+    """
+    policy = communicator.policy
+    for text, memory in saved["compressors"].items():
+        for key, h in memory["residuals"].items():
+            name = key.removesuffix(OWNER)
+            if not h.any():  # owes nothing, such as one of a tensor that travels raw
+                continue
+            if tensors and name not in tensors:
+                raise ValueError(f"saved residuals: {unknown('parameter', name, tensors)}")
+            info = tensors.get(name)
+            if info is not None and name == key and h.dim() == 1 and h.numel() != info.numel:
+                raise ValueError(
+                    f"the saved residual of {name!r} has {h.numel()} elements, the parameter here "
+                    f"{info.numel}"
+                )
+            # what "auto" chooses by is the size of a message, not that of a tensor
+            known = None if communicator._auto else info
+            expected = sorted(_texts(policy, known))
+            if text not in expected:
+                raise ValueError(
+                    f"the residual of {name!r} was saved under {text}, this policy sends it as "
+                    f"{' or '.join(expected)}: load it under the policy that saved it, or start "
+                    "from zero residuals"
+                )
+
+
+def _texts(policy: Policy, info: TensorInfo | None) -> set[str]:
+    """The compressors that a tensor may ever meet; without `info`, that any may."""
+    if info is None:
+        schemes = [rule.scheme.resolve(Role.GRADIENT) for rule in policy.rules]
+    else:
+        steps = {0, *(rule.from_step for rule in policy.rules)}
+        schemes = [policy.choose(info._replace(step=step)) for step in steps]
+    return {text for scheme in schemes for text in _halves(scheme)} or {"fp32"}
+
+
+def _halves(scheme: Scheme) -> set[str]:
+    config = scheme.algorithm
+    back = config.back if isinstance(config, TwoPhase) else None
+    return {text_of(codec, scheme.feedback) for codec in (scheme.codec, back or scheme.codec)}
