@@ -21,6 +21,7 @@ import torch
 from commlib_kernels.layout import Layout
 
 from .feedback import Key, Plain, names_of
+from .modes import Delta
 from .policy import Policy, TensorInfo, raw
 from .scheme import (
     DTYPES,
@@ -75,10 +76,13 @@ class Message:
     segments: tuple[int, ...]
     names: frozenset[str] = frozenset()  # states it changes
     name: str = ""  # of the scheme
+    differences: bool = False  # it carries differences to what all ranks hold
 
     def __post_init__(self) -> None:
         self.names = _states(self.scheme, self.key)
         self.name = str(self.scheme)
+        if isinstance(self.scheme.feedback, Delta):
+            self.differences, self.scheme = True, self.scheme.stateless()
 
     @property
     def hierarchical(self) -> bool:
