@@ -7,22 +7,26 @@ device and starts no thread.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from commlib.integrations import backend as _backend
+
 if TYPE_CHECKING:
     from commlib.codecs import codec
     from commlib.communicator import Communicator, exact
+    from commlib.integrations.backend import Options
     from commlib.integrations.wrapping import of, wrap
     from commlib.lazy import LazyLoader, LazySampler
     from commlib.policy import Policy, Scheme
 
 __version__ = "0.1.0"
 
-__all__ = ["Communicator", "LazyLoader", "LazySampler", "Policy", "Scheme", "__version__"]
-__all__ += ["codec", "exact", "of", "wrap"]
+__all__ = ["Communicator", "LazyLoader", "LazySampler", "Options", "Policy", "Scheme"]
+__all__ += ["__version__", "codec", "exact", "of", "wrap"]
 
 _HOME = {
     "Communicator": "commlib.communicator",
     "LazyLoader": "commlib.lazy",
     "LazySampler": "commlib.lazy",
+    "Options": "commlib.integrations.backend",
     "Policy": "commlib.policy",
     "Scheme": "commlib.policy",
     "codec": "commlib.codecs",
@@ -42,3 +46,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+_backend.register_with_torch()

@@ -29,8 +29,6 @@ without its feedback (said once, in the log), an explicit `scheme` with `+ef` is
 
 from __future__ import annotations
 
-import datetime
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,13 +36,18 @@ import torch
 import torch.distributed as _torch
 
 from commlib.communicator import Communicator, Work
-from commlib.integrations import groups, p2p
+from commlib.integrations import backend, groups, p2p
+from commlib.integrations.backend import Options
+from commlib.integrations.calls import elements, gather_parts, is_sum, scatter_parts
+from commlib.integrations.calls import factor as factor_of
 from commlib.integrations.p2p import P2POp, batch_isend_irecv, irecv, isend, recv, send
+from commlib.integrations.works import AsyncWork
 from commlib.policy import Policy, Role, Scheme
 from commlib.scheme import DTYPES
 
 __all__ = [
     "AsyncWork",
+    "Options",
     "P2POp",
     "ReduceOp",
     "all_gather",
@@ -65,6 +68,8 @@ __all__ = [
     "send",
     "set_policy",
 ]
+
+backend.register()
 
 ReduceOp = _torch.ReduceOp
 Group = _torch.ProcessGroup | None
@@ -117,7 +122,7 @@ def all_reduce(
     route = _route("all_reduce", group, scheme, key, op, tensor)
     if route is None:
         return _torch.all_reduce(tensor, op, group, async_op)
-    factor = _factor(op, route.size)
+    factor = factor_of(op, route.size)
     work = route.all_reduce(tensor, key, factor=factor, scheme=scheme, async_op=async_op)
     return _finish(work, async_op, tensor)
 
@@ -136,7 +141,7 @@ def reduce_scatter_single(
     route = _route("reduce_scatter", group, scheme, key, op, input, output)
     if route is None:
         return _reduce_scatter_flat(output, input, op, group, async_op)
-    factor = _factor(op, route.size)
+    factor = factor_of(op, route.size)
     work = route.reduce_scatter(output, input, key, factor=factor, scheme=scheme, async_op=async_op)
     return _finish(work, async_op, output)
 
@@ -158,10 +163,9 @@ def reduce_scatter(
     route = _route("reduce_scatter", group, scheme, key, op, output, *input_list)
     if route is None or any(part.numel() != output.numel() for part in input_list):
         return _torch.reduce_scatter(output, input_list, op, group, async_op)
-    flat = torch.cat([part.reshape(-1) for part in input_list])
-    factor = _factor(op, route.size)
-    work = route.reduce_scatter(
-        output.view(-1), flat, key, factor=factor, scheme=scheme, async_op=async_op
+    factor = factor_of(op, route.size)
+    work = scatter_parts(
+        route, output, input_list, key=key, factor=factor, scheme=scheme, async_op=async_op
     )
     return _finish(work, async_op, output)
 
@@ -201,14 +205,9 @@ def all_gather(
     route = _route("all_gather", group, scheme, key, None, tensor, *tensor_list)
     if route is None or any(part.numel() != tensor.numel() for part in tensor_list):
         return _torch.all_gather(tensor_list, tensor, group, async_op)
-    flat = tensor.new_empty(route.size * tensor.numel())
-    row = tensor.reshape(-1)
-    work = route.all_gather(flat, row, key, role=Role.PARAMETER, scheme=scheme, async_op=async_op)
-
-    def spread() -> None:
-        for part, row in zip(tensor_list, flat.view(route.size, -1), strict=True):
-            part.copy_(row.view_as(part))
-
+    work, spread = gather_parts(
+        route, tensor_list, tensor, key=key, scheme=scheme, async_op=async_op
+    )
     return _finish(work, async_op, *tensor_list, after=spread)
 
 
@@ -228,8 +227,8 @@ def all_to_all_single(
         return _torch.all_to_all_single(
             output, input, output_split_sizes, input_split_sizes, group, async_op
         )
-    out_splits = _elements(output, output_split_sizes, input_split_sizes, route.size)
-    in_splits = _elements(input, input_split_sizes, output_split_sizes, route.size)
+    out_splits = elements(output, output_split_sizes, input_split_sizes, route.size)
+    in_splits = elements(input, input_split_sizes, output_split_sizes, route.size)
     work = route.all_to_all(
         output,
         input,
@@ -270,35 +269,6 @@ def broadcast(
     return _finish(work, async_op, tensor)
 
 
-class AsyncWork:
-    """What an asynchronous collective returns; the verbs of `torch.distributed.Work`."""
-
-    def __init__(self, work: Work, future: torch.futures.Future[list[torch.Tensor]]) -> None:
-        self._work = work
-        self._future = future
-
-    def wait(self, timeout: datetime.timedelta | float | None = None) -> bool:
-        """Block until the result is there; `timeout` in seconds, None or 0: the group's.
-
-        On CUDA the caller's stream waits, and the host only with a `timeout`.
-        """
-        if isinstance(timeout, datetime.timedelta):
-            timeout = timeout.total_seconds()
-        self._work.wait(timeout or None)
-        self._future.wait()
-        return True
-
-    def is_completed(self) -> bool:
-        return self._work.is_completed() and self._future.done()
-
-    def result(self) -> list[torch.Tensor]:
-        return self._future.wait()
-
-    def get_future(self) -> torch.futures.Future[list[torch.Tensor]]:
-        """Resolves to the list of outputs, as c10d's futures do."""
-        return self._future
-
-
 def __getattr__(name: str) -> Any:
     return getattr(_torch, name)
 
@@ -319,16 +289,16 @@ def _route(
     group = group or _torch.group.WORLD
     if not isinstance(group, _torch.ProcessGroup):  # not a member, or not initialised
         return None
-    is_sum = op is None or _is_sum(op)
+    sums = op is None or is_sum(op)
     strided = all(isinstance(x, torch.Tensor) and x.layout is torch.strided for x in tensors)
     if scheme is not None:
-        if not is_sum or not strided:
+        if not sums or not strided:
             raise ValueError(
                 f"{verb}: a scheme takes dense tensors and SUM, AVG or PREMUL_SUM, got {op}; name "
                 "no scheme to have torch do it"
             )
         return groups.communicator(group, tensors[0].device)
-    if not is_sum or not strided or any(x.dtype not in DTYPES for x in tensors):
+    if not sums or not strided or any(x.dtype not in DTYPES for x in tensors):
         return None
     route = groups.communicator(group, tensors[0].device)
     if key is None:
@@ -336,42 +306,11 @@ def _route(
     return route
 
 
-def _is_sum(op: Any) -> bool:
-    return (
-        op == ReduceOp.SUM
-        or op == ReduceOp.AVG
-        or (op == ReduceOp.PREMUL_SUM and hasattr(op, "factor"))
-    )
-
-
-def _factor(op: Any, size: int) -> float:
-    """What the sum over `size` ranks is multiplied by."""
-    if op == ReduceOp.PREMUL_SUM:
-        return float(op.factor)
-    return 1.0 / size if op == ReduceOp.AVG else 1.0
-
-
-def _elements(
-    x: torch.Tensor, mine: Sequence[int] | None, other: Sequence[int] | None, size: int
-) -> list[int] | None:
-    """Split sizes in elements; torch counts rows, and either side may be left out."""
-    if not mine and not other:
-        return None
-    row = math.prod(x.shape[1:])
-    return [rows * row for rows in mine] if mine else [x.numel() // size] * size
-
-
 def _finish(
     work: Work, async_op: bool, *outputs: torch.Tensor, after: Callable[[], None] | None = None
 ) -> AsyncWork | None:
-    def outcome(done: torch.futures.Future[Any]) -> list[torch.Tensor]:
-        done.value()  # raises where the collective failed
-        if after is not None:
-            after()
-        return list(outputs)
-
     if async_op:
-        return AsyncWork(work, work.get_future().then(outcome))
+        return AsyncWork(work, outputs, after)
     if after is not None:
         after()
     return None

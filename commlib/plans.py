@@ -124,7 +124,7 @@ def why_raw(policy: Policy, info: TensorInfo) -> str | None:
     """Why a tensor that the policy's rules compress travels raw all the same; None: they do not."""
     if policy.lossless:
         return None
-    rule = next((rule for rule in policy.rules if rule.matches(info)), None)
+    rule = policy.rule(info)
     if rule is None or rule.scheme.lossless:
         return None
     if info.dtype not in DTYPES:

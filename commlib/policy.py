@@ -234,6 +234,10 @@ class Policy:
         except ValueError as error:
             raise ValueError(f"policy file {str(path)!r}: {error}") from error
 
+    def rule(self, info: TensorInfo) -> Rule | None:
+        """The rule that a tensor falls under."""
+        return next((rule for rule in self.rules if rule.matches(info)), None)
+
     def choose(self, info: TensorInfo) -> Scheme:
         """The scheme of a tensor, every rounding resolved.
 
@@ -249,7 +253,8 @@ class Policy:
     def _choose(self, info: TensorInfo) -> Scheme:
         if info.dtype not in DTYPES:
             return raw()
-        scheme = next((rule.scheme for rule in self.rules if rule.matches(info)), raw())
+        rule = self.rule(info)
+        scheme = raw() if rule is None else rule.scheme
         residual = isinstance(scheme.feedback, ErrorFeedback)
         if info.key is None or (residual and info.role in PIPELINE_ROLES):
             scheme = scheme.stateless()

@@ -160,7 +160,7 @@ class TorchTransport:
         self._store = c10d._get_process_group_store(group)
         self._unanswered: threading.Thread | None = None
         self._sum = self._options(c10d.AllreduceOptions())
-        self._all_to_all, self._all_gather = RENAMED[hasattr(group, "all_to_all_single")]
+        self._all_to_all, self._all_gather = RENAMED[hasattr(plain(group), "all_to_all_single")]
 
     @property
     def destroyed(self) -> bool:
@@ -175,6 +175,10 @@ class TorchTransport:
             raise RuntimeError("the process group of this transport has been destroyed")
         return group
 
+    @property
+    def _plain(self) -> Any:
+        return plain(self.group)
+
     def all_to_all(
         self,
         out: torch.Tensor,
@@ -187,7 +191,7 @@ class TorchTransport:
         check_all_to_all(out, inp, out_splits, in_splits, self.size)
         self.bytes_sent += all_to_all_bytes(inp, in_splits, self.rank, self.size)
         options = self._options(c10d.AllToAllOptions())
-        call = getattr(self.group, self._all_to_all)
+        call = getattr(self._plain, self._all_to_all)
         work = call(out, inp, list(out_splits or ()), list(in_splits or ()), options)
         return self._exchange(work, (out, inp))
 
@@ -198,15 +202,15 @@ class TorchTransport:
         if self._gloo:
             copies = inp.view(1, -1).expand(self.size, -1).contiguous().view(-1)
             options = self._options(c10d.AllToAllOptions())
-            work = getattr(self.group, self._all_to_all)(out, copies, [], [], options)
+            work = getattr(self._plain, self._all_to_all)(out, copies, [], [], options)
             return self._exchange(work, (out, copies))
         options = self._options(c10d.AllgatherOptions())
-        return self._exchange(getattr(self.group, self._all_gather)(out, inp, options), (out, inp))
+        return self._exchange(getattr(self._plain, self._all_gather)(out, inp, options), (out, inp))
 
     def all_reduce(self, x: torch.Tensor) -> Pending:
         self._check("all_reduce", x)
         self.bytes_sent += all_reduce_bytes(x.nbytes, self.size)
-        return self._exchange(self.group.allreduce([x], self._sum), x)
+        return self._exchange(self._plain.allreduce([x], self._sum), x)
 
     def broadcast(self, x: torch.Tensor, src: int) -> Pending:
         self._check("broadcast", x)
@@ -215,23 +219,23 @@ class TorchTransport:
         options = self._options(c10d.BroadcastOptions())
         options.rootRank = src
         options.rootTensor = 0
-        return self._exchange(self.group.broadcast([x], options), x)
+        return self._exchange(self._plain.broadcast([x], options), x)
 
     def send(self, x: torch.Tensor, dst: int, tag: int = 0) -> Pending:
         self._check("send", x)
         check_rank("send", dst, self.size)
         self.bytes_sent += x.nbytes
-        work = self.group.send([x], dst, FIRST_TAG + tag)
+        work = self._plain.send([x], dst, FIRST_TAG + tag)
         return self._exchange(work, x, tellable=not self._gloo)
 
     def recv(self, x: torch.Tensor, src: int | None, tag: int = 0) -> Receipt:
         self._check("recv", x)
         tellable = not self._gloo
         if src is None:
-            work = self.group.recv_anysource([x], FIRST_TAG + tag)
+            work = self._plain.recv_anysource([x], FIRST_TAG + tag)
             return _Exchange(work, x, tellable=tellable, any_source=True)
         check_rank("recv", src, self.size)
-        work = self.group.recv([x], src, FIRST_TAG + tag)
+        work = self._plain.recv([x], src, FIRST_TAG + tag)
         return self._exchange(work, x, tellable=tellable, source=src)
 
     def batch(self, posts: Sequence[Post]) -> list[Pending]:
@@ -246,9 +250,9 @@ class TorchTransport:
             if post.is_send:
                 self.bytes_sent += post.x.nbytes
             verb = dist.isend if post.is_send else dist.irecv
-            ops.append(
-                dist.P2POp(verb, post.x, group=self.group, tag=post.tag, group_peer=post.peer)
-            )
+            op = dist.P2POp(verb, post.x, group=self.group, tag=post.tag, group_peer=post.peer)
+            op.group = self._plain  # it has ranks of its own only, none of the world
+            ops.append(op)
         works = dist.batch_isend_irecv(ops)
         if len(works) < len(posts):
             tensors = [post.x for post in posts]
@@ -265,7 +269,7 @@ class TorchTransport:
         if self.device.type == "cuda":
             options.device = self.device  # NCCL looks at the indices, and else guesses
             options.device_ids = [self.device.index]
-        self.group.barrier(options).wait()
+        self._plain.barrier(options).wait()
 
     def turn(self) -> int:
         self._turns[self.group] = turn = self._turns.get(self.group, -1) + 1
@@ -355,8 +359,19 @@ class TorchTransport:
         return options
 
 
+def plain(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The group that moves tensors as they are: of the backend "commlib", what lies under it."""
+    under: dist.ProcessGroup = getattr(group, "plain", group)
+    return under
+
+
 def backends(group: dist.ProcessGroup) -> dict[str, str]:
-    """The backend that serves each type of device: {"cpu": "gloo", "cuda": "nccl"}."""
+    """The backend that serves each type of device: {"cpu": "gloo", "cuda": "nccl"}.
+
+    Of a group of the backend "commlib": those under it.
+    """
+    if hasattr(group, "inner_backends"):
+        return dict(group.inner_backends)
     pairs = (pair.partition(":") for pair in dist.get_backend_config(group).split(","))
     return {device: backend for device, _, backend in pairs}
 

@@ -107,7 +107,7 @@ def _close(group: dist.ProcessGroup) -> None:
 def _backend(group: dist.ProcessGroup) -> str:
     """The backend string of a channel: CPU's alone where the group has one for each device."""
     served = backends(group)
-    return dist.get_backend(group) if len({*served.values()}) == 1 else f"cpu:{served['cpu']}"
+    return served["cpu"] if len({*served.values()}) == 1 else f"cpu:{served['cpu']}"
 
 
 def _timeout(group: dist.ProcessGroup) -> Any:

@@ -33,6 +33,7 @@ _policies: weakref.WeakKeyDictionary[dist.ProcessGroup, Policy | str] = weakref.
 _meters: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, Meter]] = (
     weakref.WeakKeyDictionary()
 )
+_seeds: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
 _told: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 
 
@@ -54,6 +55,13 @@ def set_policy(group: dist.ProcessGroup, source: Source) -> None:
     _policies[group] = parsed
     _meters.pop(group, None)
     _told.discard(group)
+    if hasattr(group, "policy_changed"):  # a group of the backend commlib
+        group.policy_changed()
+
+
+def set_seed(group: dist.ProcessGroup, seed: int) -> None:
+    """The seed of communicators that are yet to be made; 0 where none was set."""
+    _seeds[group] = seed
 
 
 def policy(group: dist.ProcessGroup) -> Policy | str:
@@ -85,9 +93,20 @@ def communicator(group: dist.ProcessGroup, device: torch.device | None = None) -
     with _lock:
         if mine not in _communicators:
             _communicators[mine] = channel.communicator(
-                group, policy(group), device=device, meter=meter(group, device)
+                group,
+                policy(group),
+                seed=_seeds.get(group, 0),
+                device=device,
+                meter=meter(group, device),
             )
         return _communicators[mine]
+
+
+def flush(group: dist.ProcessGroup) -> None:
+    """Wait for the calls of `group` that are under way; their errors stay with their works."""
+    for (other, _), made in list(_communicators.items()):
+        if other is group:
+            made._carrier.flush()
 
 
 def stop(group: dist.ProcessGroup | None) -> None:
@@ -103,8 +122,9 @@ def tell_anonymous(group: dist.ProcessGroup, policy: Policy) -> None:
     schemes = [str(r.scheme) for r in policy.rules if r.scheme.feedback != Plain()]
     if schemes:
         log.warning(
-            "commlib.distributed: policy %s keeps residuals, but a tensor has no name; such "
-            "tensors travel without error feedback. Pass key='...' to give one a memory",
+            "policy %s keeps residuals, but tensors have no names in torch.distributed's calls; "
+            "they travel without error feedback. For a memory, wrap the model (commlib.wrap), or "
+            "pass key='...' to commlib.distributed's verbs",
             ", ".join(schemes),
         )
 

@@ -7,7 +7,6 @@ calling thread, with tags of commlib's own; what is not is torch's own call.
 
 from __future__ import annotations
 
-import datetime
 import logging
 import threading
 import weakref
@@ -23,11 +22,12 @@ from commlib.compressors import Compressors
 from commlib.feedback import Compressor, Plain
 from commlib.integrations import groups
 from commlib.integrations.batch import Batch, Later
+from commlib.integrations.works import Timeout, seconds
 from commlib.plans import explicit, is_exact, parse_scheme, why_raw
 from commlib.policy import EXACT_BELOW_NUMEL, Role, Scheme, TensorInfo
 from commlib.scheme import DTYPES
 from commlib.traffic import Post, check_rank
-from commlib.transport import GLOO, TorchTransport, backends, group_device
+from commlib.transport import GLOO, TorchTransport, backends, group_device, plain
 
 log = logging.getLogger("commlib")
 
@@ -57,21 +57,20 @@ class Office:
         self.mail = Mail(self.transport, record)
 
 
-class P2PWork:
-    """What a point-to-point call returns; the verbs of `torch.distributed.Work`."""
+class P2PWork(dist.Work):
+    """What a point-to-point call returns."""
 
     def __init__(self, *messages: Sending | Receiving | Raw) -> None:
+        super().__init__()
         self._messages = messages
 
-    def wait(self, timeout: datetime.timedelta | float | None = None) -> bool:
+    def wait(self, timeout: Timeout = None) -> bool:
         """Block until the tensor was sent, or has arrived; `timeout` in seconds.
 
         None or 0: the group's timeout. On CUDA the current stream waits, and not the host.
         """
-        if isinstance(timeout, datetime.timedelta):
-            timeout = timeout.total_seconds()
         for message in self._messages:
-            message.wait(timeout or None)
+            message.wait(seconds(timeout))
         return True
 
     def synchronize(self) -> None:
@@ -247,7 +246,10 @@ def batch_isend_irecv(p2p_op_list: list[dist.P2POp]) -> list[Any]:
         )
     office = next((route[0] for route in routes if route is not None), None)
     if office is None:
-        return dist.batch_isend_irecv(p2p_op_list)
+        if plain(group) is group:
+            return dist.batch_isend_irecv(p2p_op_list)
+        # the backend commlib would decide again, by its policy and not by `scheme`
+        office = _office(group, group_device(group, p2p_op_list[0].tensor.device))
     if len({op.tensor.device for op in p2p_op_list}) > 1:
         raise ValueError(
             "batch_isend_irecv: the tensors are on different devices; make two batches"
@@ -293,8 +295,28 @@ def _start(
     peer = _peer(verb, group, rank, group_rank, tensor)
     route = _route(verb, group, tensor, tag, scheme)
     if route is None:
-        return issue(tensor, None, group, tag, peer)
-    office, compressor = route
+        return issue(tensor, None, plain(group), tag, peer)
+    return _issue(sends, tensor, peer, tag, *route)
+
+
+def compressed(
+    verb: str, group: dist.ProcessGroup, tensor: torch.Tensor, peer: int | None, tag: int
+) -> P2PWork | None:
+    """The message of a `ProcessGroup.send` or `recv`, by the policy; None: not compressed."""
+    if not 0 <= tag < FIRST_TAG or not tensor.is_contiguous():
+        return None  # torch says what it thinks
+    route = _route(verb, group, tensor, tag, None)
+    return None if route is None else _issue(verb == "send", tensor, peer, tag, *route)
+
+
+def _issue(
+    sends: bool,
+    tensor: torch.Tensor,
+    peer: int | None,
+    tag: int,
+    office: Office,
+    compressor: Compressor,
+) -> P2PWork:
     if sends:
         assert peer is not None
         return P2PWork(office.mail.isend(tensor, peer, compressor, tag))
