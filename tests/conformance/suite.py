@@ -17,6 +17,7 @@ the calls that reach the class of that group.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import multiprocessing
@@ -31,7 +32,7 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from tests.conformance import spy
+from tests.conformance import gpus, spy
 
 REFERENCE = "gloo"
 MODULE = "torch.testing._internal.distributed.distributed_test"
@@ -54,8 +55,11 @@ class GlooLike(str):
         return hash(REFERENCE)  # found in sets that name gloo
 
 
-def load(backend: str, world_size: int) -> types.ModuleType:
-    """The suite's module, made for `backend`: once in a process, its gates are read at import."""
+def load(backend: str, world_size: int, *, pretend: bool = False) -> types.ModuleType:
+    """The suite's module, made for `backend`: once in a process, its gates are read at import.
+
+    pretend: as if each rank had a GPU (see `gpus`).
+    """
     os.environ.update(
         BACKEND=backend,
         WORLD_SIZE=str(world_size),
@@ -67,6 +71,8 @@ def load(backend: str, world_size: int) -> types.ModuleType:
     )
     common: Any = importlib.import_module("torch.testing._internal.common_distributed")
     common.TIMEOUT_OVERRIDE.clear()
+    if pretend:
+        gpus.open_gates(common)
     if backend == REFERENCE:
         return importlib.import_module(MODULE)
     spy.preload(backend)  # registers it, and no rank has to import it
@@ -80,11 +86,13 @@ def load(backend: str, world_size: int) -> types.ModuleType:
     for name in dir(suite):
         if name.endswith("PROFILING_SUPPORTED_BACKENDS"):
             getattr(suite, name).append(backend)
-    suite.get_profiling_event = _events_of_the_reference(suite.get_profiling_event, backend)
+    suite.get_profiling_event = events_of_the_reference(suite.get_profiling_event, backend)
     return suite
 
 
-def _events_of_the_reference(look_up: Callable[..., Any], backend: str) -> Callable[..., Any]:
+def events_of_the_reference(look_up: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """`get_profiling_event` that finds gloo's events, named as the backend's."""
+
     def events(name: str, *args: Any, **options: Any) -> list[Any]:
         found = []
         for event in look_up(name.replace(f"{backend}:", f"{REFERENCE}:"), *args, **options):
@@ -95,7 +103,7 @@ def _events_of_the_reference(look_up: Callable[..., Any], backend: str) -> Calla
     return events
 
 
-def case(suite: Any, backend: str) -> type[unittest.TestCase]:
+def case(suite: Any, backend: str, *, pretend: bool = False) -> type[unittest.TestCase]:
     """The suite's tests as a TestCase class whose ranks are forks of this process.
 
     Forks, for a spawned rank imports torch for seconds; this process must not have started a
@@ -120,7 +128,10 @@ def case(suite: Any, backend: str) -> type[unittest.TestCase]:
 
         @classmethod
         def _run(cls, rank: int, *args: Any, **options: Any) -> None:
-            with spy.counting(Path(os.environ["TEMP_DIR"]), rank, backend):
+            with (
+                spy.counting(Path(os.environ["TEMP_DIR"]), rank, backend),
+                gpus.pretended(rank) if pretend else contextlib.nullcontext(),
+            ):
                 super()._run(rank, *args, **options)
 
         def run_test(self, *args: Any, **options: Any) -> None:
@@ -134,6 +145,8 @@ def case(suite: Any, backend: str) -> type[unittest.TestCase]:
     return TestDistributed
 
 
-def names(suite: Any) -> list[str]:
-    """All tests of the suite, also those that skip here."""
-    return [name for name in dir(suite.DistributedTest._DistTestBase) if name.startswith("test_")]
+def names(suite: Any, *, pretend: bool = False) -> list[str]:
+    """All tests of the suite, also those that skip here; pretend: those that ask for GPUs."""
+    tests = suite.DistributedTest._DistTestBase
+    found = [name for name in dir(tests) if name.startswith("test_")]
+    return [name for name in found if gpus.needed(name, getattr(tests, name))] if pretend else found

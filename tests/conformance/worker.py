@@ -26,16 +26,16 @@ OUTPUT_CHARACTERS = 20_000
 class Worker:
     """The process, as its owner sees it: `run(name)`, then `answer()` once `pipe` is readable."""
 
-    def __init__(self, backend: str, *, show: bool = False) -> None:
+    def __init__(self, backend: str, *, pretend: bool = False, show: bool = False) -> None:
         self.backend = backend
-        self._show = show
+        self._how = (backend, pretend, show)
         self._test = ""
         self._start()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs, self.backend, self._show))
+        self._process = context.Process(target=_work, args=(theirs, *self._how))
         self._process.start()
         theirs.close()
         if not self.pipe.poll(START_SECONDS):
@@ -80,14 +80,16 @@ class Worker:
         self._process.join()
 
 
-def _work(pipe: Connection, backend: str, show: bool) -> None:
+def _work(pipe: Connection, backend: str, pretend: bool, show: bool) -> None:
     os.setsid()  # its forks end with it
     os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported: no threads before a fork
     from tests.conformance import suite as adapter
 
-    suite = adapter.load(backend, WORLD_SIZE)
-    case = adapter.case(suite, backend)
-    pipe.send((adapter.names(suite), adapter.TEST_SECONDS))
+    suite = adapter.load(backend, WORLD_SIZE, pretend=pretend)
+    case = adapter.case(suite, backend, pretend=pretend)
+    if len(os.listdir("/proc/self/task")) > 1:
+        raise RuntimeError("a worker started threads while it imported: its forks may hang")
+    pipe.send((adapter.names(suite, pretend=pretend), adapter.TEST_SECONDS))
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         if not show:
             for stream in (sys.stdout, sys.stderr):
@@ -122,4 +124,4 @@ def _run(case: Any, test: str, backend: str, world_size: int, output: IO[str]) -
     sys.stdout.flush()
     output.seek(0)
     printed = output.read()[-OUTPUT_CHARACTERS:] if outcome == FAILED else ""
-    return Row(test, backend, outcome, reason, seconds, world_size, instance.calls, printed)
+    return Row(test, backend, outcome, reason, seconds, world_size, instance.calls, output=printed)
