@@ -27,8 +27,9 @@ from commlib.integrations.ddp_refusals import (
     check,
     device_of,
 )
+from commlib.integrations.fits import Carried
 from commlib.integrations.state import PolicyLike, State
-from commlib.policy import Role, TensorInfo
+from commlib.policy import TensorInfo
 
 log = logging.getLogger("commlib")
 
@@ -168,14 +169,13 @@ class DDPState(State):
     def _place(self) -> tuple[int, int]:
         return self.communicator.rank, self.communicator.size
 
-    def _tensors(self) -> dict[str, dict[str, TensorInfo]]:
+    def _carried(self, communicator: str) -> dict[str, Carried]:
         if not self._bound:  # names are made up as buckets bring parameters
             return {}
-        infos = {
-            name: TensorInfo(name, p.numel(), p.dtype, Role.GRADIENT, p.dim())
+        return {
+            name: Carried(TensorInfo(name, p.numel(), p.dtype, ndim=p.dim()), p.numel())
             for p, name in self._names.items()
         }
-        return {GRADIENTS: infos}
 
     # What wrap, of and hook do with a state.
 

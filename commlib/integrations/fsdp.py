@@ -17,6 +17,7 @@ from torch import nn
 
 from commlib.communicator import Communicator
 from commlib.integrations import channel
+from commlib.integrations.fits import Carried
 from commlib.integrations.fsdp_groups import Backward, Group, ReduceScatter
 from commlib.integrations.fsdp_refusals import (
     check,
@@ -25,7 +26,9 @@ from commlib.integrations.fsdp_refusals import (
     groups_of,
     unwrapped,
 )
+from commlib.integrations.ranked import Ranks
 from commlib.integrations.state import PolicyLike, State, parsed
+from commlib.policy import TensorInfo
 
 Model = TypeVar("Model", bound=nn.Module)
 GRADIENTS = "gradients"
@@ -126,6 +129,22 @@ class FSDPState(State):
     def _place(self) -> tuple[int, int]:
         mesh = self._groups[0].torch.mesh_info.mesh.mesh.flatten().tolist()
         return mesh.index(dist.get_rank()), len(mesh)
+
+    def _carried(self, communicator: str) -> dict[str, Carried]:
+        found = {}
+        for group in self._groups:
+            policy, ranks = group.torch.mp_policy, group.torch.mesh_info.mesh.size()
+            for name, p in zip(group.names, group.torch.fsdp_params, strict=True):
+                numel, dtype = p._orig_size.numel(), policy.reduce_dtype or policy.param_dtype
+                info = TensorInfo(
+                    name, numel, dtype or p.sharded_param.dtype, ndim=len(p._orig_size)
+                )
+                found[name] = Carried(info, ranks * p.padded_sharded_param_size.numel())
+        return found
+
+    def _ranks(self) -> Ranks:
+        # a sum is divided by FSDP2, by a number that changes with the ranks
+        return Ranks(self.shapes, sums=False)
 
     def _for_gradients(self, group: Group) -> Communicator:
         """The communicator of a group's reduce-scatter."""

@@ -12,12 +12,12 @@ so instead of handing out another rank's residuals.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
 
-from commlib.reshard import Total
+from commlib.reshard import Total, nbytes
 
 LABEL = re.compile(r"rank (\d+) of (\d+)")
 
@@ -50,28 +50,30 @@ def unranked(saved: Any, *keys: str) -> dict[str, Any]:
 class Ranks:
     """The states of all ranks of a model, added up one after the other, in rank order.
 
-    shapes: by communicator, as `Total` takes them.
+    Args: as of `Total`.
     """
 
-    def __init__(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]] | None = None) -> None:
-        self._shapes = shapes or {}
+    def __init__(
+        self, shapes: Mapping[str, Sequence[int]] | None = None, *, sums: bool = True
+    ) -> None:
+        self._shapes, self._sums = shapes or {}, sums
         self._totals: dict[str, Total] = {}
+        self._dropped: dict[str, int] = {}  # communicators, and the bytes they remember
+        self._seen = 0
 
     def add(self, state: Mapping[str, Any]) -> None:
         """The next rank's state, as `unranked` gives it."""
-        memory = state["memory"]
-        if self._totals and self._totals.keys() != memory.keys():
-            raise ValueError(
-                f"rank {state['rank']} has states of {', '.join(memory)}, the ranks before it of "
-                f"{', '.join(self._totals)}"
-            )
-        for name, saved in memory.items():
-            total = self._totals.setdefault(name, Total(self._shapes.get(name)))
+        self._seen += 1
+        for name, saved in state["memory"].items():
+            if saved["world_size"] != state["world_size"]:  # groups of ranks, by no rule known here
+                self._dropped[name] = self._dropped.get(name, 0) + nbytes(saved)
+                continue
+            total = self._totals.setdefault(name, Total(self._shapes, sums=self._sums))
             total.add(saved)
 
     def finish(self) -> None:
         """All have come. ValueError where that is not so."""
-        if not self._totals:
+        if not self._seen:
             raise ValueError("there are no states to redistribute")
         for total in self._totals.values():
             total.finish()
@@ -83,4 +85,11 @@ class Ranks:
 
     def told(self, world_size: int) -> str:
         """What the states made so far do not carry on; empty where they carry all."""
-        return "; ".join(filter(None, (t.told(world_size) for t in self._totals.values())))
+        lines = [total.told(world_size) for total in self._totals.values()]
+        lines += [
+            f"the residuals of communicator {name!r} ({size} bytes) are of groups among the ranks: "
+            "dropped, and starting from zero"
+            for name, size in self._dropped.items()
+            if size
+        ]
+        return "; ".join(filter(None, lines))

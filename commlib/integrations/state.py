@@ -12,9 +12,10 @@ from typing import Any
 
 from commlib.communicator import Communicator
 from commlib.integrations import channel
-from commlib.integrations.fits import check_fits
+from commlib.integrations.fits import Carried, check_fits
 from commlib.integrations.ranked import Ranks, in_world, ranked, unranked
-from commlib.policy import Policy, Scheme, TensorInfo
+from commlib.policy import Policy, Scheme
+from commlib.reshard import check_next
 
 log = logging.getLogger("commlib")
 
@@ -52,13 +53,14 @@ class State:
         """This rank and how many there are, among those that hold the model."""
         raise NotImplementedError
 
-    def _tensors(self) -> dict[str, dict[str, TensorInfo]]:
-        """What each communicator carries, by name, as the policy sees it; empty where not known."""
+    def _carried(self, communicator: str) -> dict[str, Carried]:
+        """What a communicator carries, by name; empty where that is not known."""
+        del communicator
         return {}
 
-    def _shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """Of what each communicator reduce-scatters, by name: dimension 0 is what is cut."""
-        return {}
+    def _ranks(self) -> Ranks:
+        """What adds up the states of all ranks."""
+        return Ranks()
 
     @property
     def communicators(self) -> dict[str, Communicator]:
@@ -110,18 +112,19 @@ class State:
         Raises: ValueError: a rank is missing or out of order; and as `load_state_dict`.
         """
         rank, size = self._place()
-        ranks, others = Ranks(self._shapes()), 0
-        for saved in states:
+        ranks, same = self._ranks(), False
+        for number, saved in enumerate(states):
             state = unranked(saved, "memory")
-            if (state["rank"], state["world_size"]) == (rank, size):
+            same = same or state["world_size"] == size
+            if not same:
+                ranks.add(state)
+                continue
+            check_next(state, number, size)
+            if number == rank:
                 self._load(state)
                 return
-            if state["world_size"] == size:
-                others += 1
-            else:
-                ranks.add(state)
-        if others:
-            raise ValueError(f"{others} states of {size} ranks, and none of this rank {rank}")
+        if same:
+            raise ValueError(f"the state of rank {rank} of {size} is missing")
         ranks.finish()
         self._load(ranks.state(rank, size))
         told = ranks.told(size)
@@ -188,16 +191,19 @@ class State:
 
     def _load(self, state: dict[str, Any]) -> None:
         """Take up an unranked state of this rank, if it is of this model."""
-        memory, tensors = state["memory"], self._tensors()
-        if memory.keys() != self.communicators.keys():
+        memory, mine = state["memory"], self.communicators
+        if not memory.keys() <= mine.keys():
             raise ValueError(
-                f"the state is of communicators {', '.join(memory) or '(none)'}, this model has "
-                f"{', '.join(self.communicators)}"
+                f"the state is of communicators {', '.join(memory)}, this model has "
+                f"{', '.join(mine)}"
             )
-        for name, communicator in self.communicators.items():
-            check_fits(communicator, tensors.get(name, {}), memory[name])
-        for name, communicator in self.communicators.items():
-            communicator.load_state_dict(memory[name])
+        for name, saved in memory.items():
+            check_fits(mine[name], self._carried(name), saved)
+        for name, communicator in mine.items():
+            if name in memory:
+                communicator.load_state_dict(memory[name])
+            else:
+                communicator.reset()
 
     def _mismatch(self, state: dict[str, Any]) -> str:
         """Why `state` cannot continue here; empty where it can."""
