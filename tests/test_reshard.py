@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from commlib import Communicator
-from commlib.reshard import redistribute
+from commlib.reshard import _loaded, _stored, redistribute
+from commlib_kernels.layout import Layout
 from tests.communicators import data, on_ranks, only
 
 State = dict[str, Any]
@@ -133,3 +136,154 @@ def conserved(policy: str, before: int, after: int, factor: Any, op: str = "all_
         assert (owed(new, name, share(after)) - debt).abs().max() <= tolerance, name
         total = got[name] + more[name] + owed(end, name, share(after))
         assert (total - want[name] - wanted[name]).abs().max() <= tolerance, name
+
+
+def synthetic(ranks: int, n: int, align: int, factor: Any, seed: int) -> list[State]:
+    """States as `all_reduce` leaves them, of random residuals."""
+    generator = torch.Generator().manual_seed(seed)
+    cuts = Layout((n,), ranks=ranks, align=align)
+    states = []
+    for rank in range(ranks):
+        begin, end = cuts.cut(0, rank)
+        residuals = {
+            "w": torch.randn(n, generator=generator),
+            "w|reduced": torch.randn(end - begin, generator=generator),
+        }
+        memory = {
+            "residuals": residuals,
+            "scales": {},
+            "shares": {"w": [ranks, align, factor], "w|reduced": [ranks, align, 1.0]},
+            "steps": {"w": 5, "w|reduced": 5 + rank},
+            "memories": {},
+        }
+        states.append(
+            {"rank": rank, "world_size": ranks, "compressors": {"int4+ef": memory}, "steps": {}}
+        )
+    return states
+
+
+def share(factor: Any, ranks: int) -> float:
+    return 1 / ranks if factor == "avg" else factor
+
+
+RANKS = st.integers(1, 7)
+
+
+@given(RANKS, RANKS, st.integers(1, 700), st.sampled_from([32, 128]), st.sampled_from(["avg", 0.3]))
+def test_any_ranks_and_sizes(before: int, after: int, n: int, align: int, factor: Any) -> None:
+    states = synthetic(before, n, align, factor, seed=n)
+    new = redistribute(states, after)
+    if before == after:
+        assert all(a == b for a, b in zip(new, states, strict=True))  # the very tensors
+        return
+    debt = owed(states, "w", share(factor, before))
+    large = owed(
+        [{**s, "compressors": {"c": magnitudes(s["compressors"]["int4+ef"])}} for s in states],
+        "w",
+        share(factor, before),
+    )
+    for ranks, other in ((after, new), (before, redistribute(new, before))):
+        error = (owed(other, "w", share(factor, ranks)) - debt).abs()
+        assert (error <= (before + after + 4) * ULP * large).all()
+        cuts = Layout((n,), ranks=ranks, align=align)
+        for rank, state in enumerate(other):
+            memory = state["compressors"]["int4+ef"]
+            begin, end = cuts.cut(0, rank)
+            assert memory["residuals"]["w|reduced"].shape == (end - begin,)
+            assert memory["steps"] == {"w": 5, "w|reduced": 4 + before}
+            assert (state["rank"], state["world_size"]) == (rank, ranks)
+            assert memory["shares"]["w"] == [ranks, align, factor]
+
+
+def magnitudes(memory: State) -> State:
+    return {**memory, "residuals": {n: h.abs() for n, h in memory["residuals"].items()}}
+
+
+def changed(state: State, kind: str, name: str, value: Any) -> State:
+    memory = state["compressors"]["int4+ef"]
+    return {
+        **state,
+        "compressors": {"int4+ef": {**memory, kind: {**memory[kind], name: value}}},
+    }
+
+
+def test_states_that_are_not_of_one_run_are_refused() -> None:
+    states = synthetic(3, 500, 128, "avg", seed=0)
+    four = synthetic(4, 500, 128, "avg", seed=0)
+    short = changed(states[1], "residuals", "w", torch.zeros(499))
+    other = changed(states[1], "shares", "w", [3, 64, "avg"])
+    alone = changed(states[0], "residuals", "v", torch.zeros(1))
+    alone = changed(alone, "shares", "v", [3, 128, "avg"])
+    renamed = {**states[1], "compressors": {"int8+ef": states[1]["compressors"]["int4+ef"]}}
+    for wrong, words in (
+        ([], "no states"),
+        (states[:2], "ranks 2 to 2 of 3 are missing"),
+        ([states[1]], "rank 0 is next, this is rank 1 of 3"),
+        ([states[0], four[1]], "rank 1 of 3 is next, this is rank 1 of 4"),
+        ([states[0], short], r"\(499,\) on rank 1, \(500,\)"),
+        ([states[0], other], "'w' of int4\\+ef on rank 1 fits no other"),
+        ([alone, *states[1:]], "rank 1 has no residuals of v"),
+        ([states[0], renamed], "int8\\+ef, the ranks before it of int4\\+ef"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            redistribute(wrong, 2)
+
+
+def test_what_cannot_be_carried_on_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Loudly, with names and bytes; what can is carried on all the same."""
+    states = synthetic(2, 500, 128, "avg", seed=0)
+    states = [changed(s, "memories", "w|q", torch.ones(3)) for s in states]
+    states = [changed(s, "residuals", "node", torch.ones(7)) for s in states]
+    states = [changed(s, "shares", "node", [4, 128, "avg"]) for s in states]
+    new = redistribute(states, 3)
+    assert "2 ranks redistributed among 3: dropped, and starting from zero" in caplog.text
+    assert "memory 'w|q' (24 bytes), residual 'node' of int4+ef (56 bytes)" in caplog.text
+    assert new[0]["compressors"]["int4+ef"]["residuals"].keys() == {"w", "w|reduced"}
+    caplog.clear()
+    assert redistribute(states, 2) == states
+    assert caplog.text == ""
+    redistribute(synthetic(2, 500, 128, "avg", seed=0), 3)
+    assert caplog.text == ""
+    redistribute(synthetic(2, 500, 128, "avg", seed=0), 1)
+    assert "one rank sends nothing" in caplog.text
+
+
+@pytest.mark.parametrize(("kind", "share"), [("bf16", 2.0**-9), ("int8", 0.01)])
+def test_rounding_is_told(caplog: pytest.LogCaptureFixture, kind: str, share: float) -> None:
+    _, _, states = on(2, f"int4+ef:dtype={kind}", None, range(2), "avg", "all_reduce")
+    caplog.clear()
+    redistribute(states, 3)
+    told = float(caplog.text.partition("rounding lost ")[2].split()[0])
+    assert 0 < told < share
+
+
+def test_an_int8_residual_is_stored_as_the_kernels_do() -> None:
+    """The largest of a block is 127 steps; blocks that are all but zero are zero."""
+    x = torch.cat([data(0, 300), torch.full((128,), 2.0**-110), torch.zeros(5)])
+    codes, scales = _stored(x, torch.int8, BLOCK)
+    assert scales is not None
+    again = _loaded(codes, scales, BLOCK)
+    steps = scales.view(torch.bfloat16).float()
+    assert scales.numel() == 4
+    assert codes[:128].abs().max() in (126, 127)
+    assert ((x - again).abs() <= steps.repeat_interleave(BLOCK)[: x.numel()] / 2 + 2.0**-110).all()
+    assert not again[384:].any()
+
+
+def test_a_communicator_takes_its_own_rank_only() -> None:
+    def body(c: Communicator) -> None:
+        c.all_reduce(data(c.rank, 3000), "w")
+        mine, before = c.state_dict(), c.memory_bytes()
+        for wrong in ({**mine, "rank": 1 - c.rank}, {**mine, "world_size": 5}):
+            with pytest.raises(ValueError, match=f"rank {wrong['rank']} of {wrong['world_size']}"):
+                c.load_state_dict(wrong)
+        for wrong in ({"foo": 1}, {}):
+            with pytest.raises(ValueError, match="no state of a communicator"):
+                c.load_state_dict(wrong)
+        (text,) = mine["compressors"]
+        broken = {**mine, "compressors": {text: {"residuals": {}}}}
+        with pytest.raises(ValueError, match="no memories, scales, shares, steps"):
+            c.load_state_dict(broken)
+        assert c.memory_bytes() == before  # what was refused has changed nothing
+
+    on_ranks(2, only("int4+ef"), body)
