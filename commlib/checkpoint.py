@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_states
 from torch.distributed.checkpoint.storage import StorageReader
 
 from commlib.integrations.pipeline import Pipeline
-from commlib.integrations.ranked import LABEL, Ranks, in_world, ranked, unranked
+from commlib.integrations.ranked import LABEL, MODEL, Ranks, in_world, ranked, unranked
 from commlib.integrations.wrapping import of
 
 log = logging.getLogger("commlib")
@@ -130,7 +130,7 @@ def redistribute(states: Iterable[dict[str, Any]], world_size: int) -> list[dict
     """
     total, same = Ranks(), []
     for saved in states:
-        state = unranked(saved, "memory")
+        state = unranked(saved, *MODEL)
         total.add(state)
         if state["world_size"] == world_size:
             same.append(saved)

@@ -185,11 +185,15 @@ class Communicator(Engine):
         *,
         role: Role = Role.PARAMETER,
         async_op: bool = False,
+        unchanged: bool = False,
         own: Own | None = None,
     ) -> Work:
         """`all_gather` of `x` that holds one named shard after the other; `x` may lie in `out`.
 
-        Args: as in `reduce_scatter_segments`.
+        Args:
+            keys, sizes, ndims, numels, own: as in `reduce_scatter_segments`.
+            unchanged: no rank's `x` has changed since the last time: what goes by `+delta` is
+                there and does not travel.
         """
         self._check_rows("all_gather_segments", x, out, wide="out")
         numels = numels or tuple(n * self.size for n in sizes)
@@ -198,11 +202,13 @@ class Communicator(Engine):
             return _done(own, out)
         flat, rows = x.detach().view(-1), out.detach().view(-1)
 
+        if is_exact():
+            self._copies.forget()  # they are older than what is gathered now
+
         def steps(m: Message, t: Transport) -> Steps:
             if plan.lossless:
                 return collectives.raw(lambda: t.all_gather(rows, flat))
-            compressor = self._compressors.of(m.scheme)
-            return collectives.all_gather(rows, flat, t, compressor, m.key, m.layout, self._pool)
+            return self._gathering(m, t, rows, flat, unchanged)
 
         return self._carrier.start(plan, out, flat, steps, async_op)
 
@@ -218,7 +224,9 @@ class Communicator(Engine):
     ) -> Work:
         """`out` becomes the ranks' `x` in rank order, the same bits on all. `x` may lie in `out`.
 
-        What is gathered is a value, not an increment: without an explicit scheme, no feedback.
+        What is gathered is a value, not an increment: it has no error feedback. With a key and
+        `+delta` (`int4+delta`) ranks send the difference to what all of them hold since the last
+        time, which takes the memory of `out`.
         """
         self._check_rows("all_gather", x, out, wide="out")
         plan = self._plan("all_gather", x, key, role, scheme)
@@ -227,8 +235,7 @@ class Communicator(Engine):
         def steps(m: Message, t: Transport) -> Steps:
             if m.scheme.lossless:
                 return collectives.raw(lambda: t.all_gather(rows, flat))
-            compressor, layout = self._compressors.of(m.scheme), Layout((x.numel(),), x.dtype)
-            return collectives.all_gather(rows, flat, t, compressor, m.key, layout, self._pool)
+            return self._gathering(m, t, rows, flat)
 
         return self._carrier.start(plan, out, flat, steps, async_op)
 

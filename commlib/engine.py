@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from .carrier import Carrier
-from .collectives import ALGORITHMS, Pool, Steps
+from .collectives import ALGORITHMS, Pool, Steps, all_gather, differences
 from .compressors import Compressors
+from .copies import Copies
+from .modes import OF_PIPELINES, Delta
 from .planner import measure
 from .planner import policy as measured_policy
 from .plans import Message, Plan, explicit, is_exact, parse_scheme, segmented, single, why_raw
@@ -29,6 +31,8 @@ from .transport import ProcessGroup, TorchTransport
 DEFAULT_POLICY = "int8+ef"
 # What else moves are values, not increments: yesterday's residual has no place there.
 INCREMENTS = ("all_reduce", "reduce_scatter")
+# What may travel as the difference to what all ranks hold.
+GATHER = "all_gather"
 
 
 class Engine:
@@ -68,6 +72,7 @@ class Engine:
         self._carrier = Carrier(self.transport, self.timeout, self.meter)
         self._pool = Pool(self.transport.device, self._carrier.capturing)
         self._compressors = Compressors(self.transport.device, seed, self.rank)
+        self._copies = Copies(self.rank, self.size)
         self._plans: dict[Any, Plan] = {}
         self._steps: dict[str, int] = {}  # messages of a key, where the policy changes with them
         self._eras = any(rule.from_step for rule in self.policy.rules)
@@ -101,6 +106,7 @@ class Engine:
             "world_size": self.size,
             "compressors": self._compressors.state_dict(),
             "steps": dict(self._steps),
+            "copies": self._copies.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -109,7 +115,7 @@ class Engine:
         Raises: ValueError: the state is another rank's, or of another number of ranks: see
             `reshard.redistribute`. RuntimeError: a CUDA graph holds the residuals.
         """
-        if not {"rank", "world_size", "compressors", "steps"} <= state.keys():
+        if not {"rank", "world_size", "compressors", "steps", "copies"} <= state.keys():
             raise ValueError(f"no state of a communicator: it has {', '.join(state) or 'nothing'}")
         here, there = (self.rank, self.size), (state["rank"], state["world_size"])
         if here != there:
@@ -125,15 +131,22 @@ class Engine:
         with self._carrier.still():
             self._compressors.load_state_dict(state["compressors"])
             self._steps = dict(state["steps"])
+            self._copies.load_state_dict(state["copies"])
             self._carrier.captures.forget()
 
     def reset(self) -> None:
         """Forget all residuals."""
         with self._carrier.still():
             captured = self._carrier.captures.any
+            self._copies.reset()
             self._compressors.reset(in_place=captured)
             if not captured:
                 self._carrier.captures.forget()
+
+    def forget_copies(self) -> None:
+        """Begin `+delta` anew, after what is gathered came from elsewhere; on all ranks."""
+        with self._carrier.still():
+            self._copies.forget()
 
     def rescale(self, factor: float) -> None:
         """Multiply all residuals by `factor`. ValueError where it is not finite."""
@@ -153,7 +166,7 @@ class Engine:
 
     def memory_bytes(self) -> int:
         """Bytes of residuals and other memory."""
-        return self._compressors.nbytes()
+        return self._compressors.nbytes() + self._copies.nbytes()
 
     def stats(self) -> str:
         """A table of what travelled."""
@@ -193,8 +206,8 @@ class Engine:
             # one dimension may be a vector or any flat buffer
             ndim = x.ndim if x.ndim > 1 else None
             chosen = self._choose(TensorInfo(key, numel, x.dtype, role, ndim, era))
-            if op not in INCREMENTS:
-                chosen = chosen.stateless()
+            chosen = _suited(op, chosen)
+        _check_memory(op, chosen)
         plan = single(op, chosen, key, numel, x.dtype)
         if detail is not None:
             plan.text["detail"] = detail
@@ -238,8 +251,9 @@ class Engine:
             for k, n, d in facts
         ]
         schemes = [raw() if plain else self._choose(info) for info in infos]
-        if op not in INCREMENTS:
-            schemes = [scheme.stateless() for scheme in schemes]
+        schemes = [_suited(op, scheme) for scheme in schemes]
+        for scheme in schemes:
+            _check_memory(op, scheme)
         # Under a policy that compresses, raw segments are added in rank order like the others.
         own = plain or self.policy.lossless or self._auto or op not in INCREMENTS
         own = own and all(scheme.lossless for scheme in schemes)
@@ -320,12 +334,49 @@ class Engine:
             slices=config.slices if isinstance(config, TwoPhase) else None,
         )
 
+    def _gathering(
+        self,
+        message: Message,
+        transport: Transport,
+        rows: torch.Tensor,
+        x: torch.Tensor,
+        unchanged: bool = False,
+    ) -> Steps:
+        compressor = self._compressors.of(message.scheme)
+        where = (compressor, message.key, message.layout, self._pool)
+        if message.differences:
+            return differences.all_gather(
+                rows, x, transport, *where, self._copies, unchanged=unchanged
+            )
+        return all_gather(rows, x, transport, *where)
+
     def _measured_run(self, scheme: str, x: torch.Tensor) -> None:
         plan = self._plan("all_reduce", x, None, Role.GRADIENT, scheme)
         if plan.lossless and self._carrier.native(plan, x, 1.0) is not None:
             return
         flat = x.view(-1)
         self._carrier.start(plan, x, flat, lambda m, t: self._reducing(m, t, flat, 1.0), False)
+
+
+def _suited(op: str, scheme: Scheme) -> Scheme:
+    """What a policy chose, for what `op` moves: increments have residuals, values do not."""
+    if op in INCREMENTS or (op == GATHER and isinstance(scheme.feedback, Delta)):
+        return scheme
+    return scheme.stateless()
+
+
+def _check_memory(op: str, scheme: Scheme) -> None:
+    """Refuse memories that no message of `op` has (ValueError)."""
+    memory = scheme.feedback
+    if not isinstance(memory, OF_PIPELINES) or (op == GATHER and memory == Delta()):
+        return
+    if op == GATHER and isinstance(memory, Delta):
+        raise ValueError(
+            f"{scheme}: all ranks hold what was gathered, where the tensors are; the options of "
+            "delta are for samples between pipeline stages: leave them out"
+        )
+    better = f"{scheme.codec}+ef" if op in INCREMENTS else scheme.codec
+    raise ValueError(f"{scheme}: {op} has no memory such as {memory.id}; use {better}")
 
 
 def _transport(group: Any, timeout: float | None, device: torch.device | str | None) -> Transport:

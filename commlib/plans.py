@@ -21,6 +21,7 @@ import torch
 from commlib_kernels.layout import Layout
 
 from .feedback import Key, Plain, names_of
+from .modes import Delta
 from .policy import Policy, TensorInfo, raw
 from .scheme import DTYPES, Native, Role, Scheme, TwoPhase, check_dtype
 
@@ -66,10 +67,13 @@ class Message:
     segments: tuple[int, ...]
     names: frozenset[str] = frozenset()  # states it changes
     name: str = ""  # of the scheme
+    differences: bool = False  # it carries differences to what all ranks hold
 
     def __post_init__(self) -> None:
         self.names = _states(self.scheme, self.key)
         self.name = str(self.scheme)
+        if isinstance(self.scheme.feedback, Delta):
+            self.differences, self.scheme = True, self.scheme.stateless()
 
     def part_bytes(self, op: str, ranks: int) -> int:
         """About what it has for each of `ranks`, where all get as much; else 0."""

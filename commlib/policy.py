@@ -72,7 +72,11 @@ DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 # One sample's residual would harm the next sample, so these take no error feedback; what they take.
 PIPELINE_ROLES = (Role.ACTIVATION, Role.ACTIVATION_GRADIENT)
-MODES = {Delta: (Role.ACTIVATION,), Reuse: PIPELINE_ROLES, Lep: (Role.ACTIVATION_GRADIENT,)}
+MODES = {
+    Delta: (Role.ACTIVATION, Role.PARAMETER),
+    Reuse: PIPELINE_ROLES,
+    Lep: (Role.ACTIVATION_GRADIENT,),
+}
 
 
 @functools.cache
@@ -311,8 +315,8 @@ def check_mode(scheme: Scheme, role: Role) -> None:
     allowed = MODES.get(type(memory))
     if allowed is not None and role not in allowed:
         raise ValueError(
-            f"role {str(role)!r} does not take +{memory}, which is for "
-            f"{' and '.join(allowed)} between pipeline stages; use {str(scheme.stateless())!r}"
+            f"role {str(role)!r} does not take +{memory}, which is for roles "
+            f"{' and '.join(allowed)}; use {str(scheme.stateless())!r}"
         )
 
 

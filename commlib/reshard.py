@@ -85,8 +85,8 @@ class Total:
     """What all ranks of a communicator remember, added up state by state, in rank order.
 
     Args:
-        shapes: of the tensors of a reduce-scatter, whose rows are dimension 0 in equal parts; a
-            tensor without one has as many elements as its rows.
+        shapes: of the tensors of a reduce-scatter, whose rows are dimension 0 in equal parts and
+            then zeros; those without one are dropped. None: they have as many elements as the rows.
         sums: whether a factor of 1 stays so. False: the result is divided afterwards, by a number
             that is not known here, and such residuals are dropped.
     """
@@ -97,7 +97,7 @@ class Total:
         self._only_means = not sums
         self.size = 0  # ranks of the run
         self._added = 0
-        self._shapes = shapes or {}
+        self._shapes = shapes
         self._sums: dict[str, dict[str, _Sum]] = {}  # by compressor, by name
         self._steps: dict[str, dict[str, int]] = {}
         self._eras: dict[str, int] = {}
@@ -117,6 +117,8 @@ class Total:
             )
         for text, saved in state["compressors"].items():
             self._add(rank, text, saved)
+        for name, copy in state["copies"].items():
+            self._drop(f"copy of {name!r}", copy)
         _furthest(self._eras, state["steps"])
 
     def finish(self) -> None:
@@ -165,6 +167,7 @@ class Total:
             "world_size": world_size,
             "compressors": compressors,
             "steps": dict(self._eras),
+            "copies": {},
         }
 
     def told(self, world_size: int) -> str:
@@ -189,9 +192,7 @@ class Total:
             self._drop(f"memory {name!r}", memory)
         for name, h in saved["residuals"].items():
             share = saved["shares"][name]
-            ranks, _, factor = share
-            sent = not name.endswith(OWNER)
-            if ranks != self.size or (sent and self._only_means and factor == 1.0):
+            if not self._known(name, share, h):
                 self._drop(f"residual {name!r} of {text}", h)
                 continue
             if not rank:
@@ -214,6 +215,13 @@ class Total:
         if missing := [n for n in sums if n not in saved["residuals"]]:
             raise ValueError(f"rank {rank} has no residuals of {', '.join(missing)} ({text})")
 
+    def _known(self, name: str, share: list[Any], h: torch.Tensor) -> bool:
+        """Whether it is known how to share out a residual among other ranks."""
+        ranks, _, factor = share
+        divided = self._only_means and factor == 1.0 and not name.endswith(OWNER)
+        placed = h.dim() == 1 or self._shapes is None or name in self._shapes
+        return bool(ranks == self.size and placed and not divided)
+
     def _part(self, name: str, one: _Sum, rank: int, world_size: int) -> torch.Tensor | None:
         """In fp32 what `rank` holds of it; None where that is zero on all ranks."""
         whole = one.value
@@ -229,9 +237,9 @@ class Total:
 
     def _rows(self, name: str, x: torch.Tensor, world_size: int) -> torch.Tensor:
         """The rows of a reduce-scatter for other ranks: dimension 0 in equal parts, then zeros."""
-        shape = self._shapes.get(name, (x.numel(),))
+        shape = (x.numel(),) if self._shapes is None else self._shapes[name]
         numel = math.prod(shape)
-        if name not in self._shapes and numel % world_size:
+        if self._shapes is None and numel % world_size:
             raise ValueError(
                 f"residual {name!r} has {numel} elements in {self.size} rows, which are no "
                 f"{world_size} equal rows"

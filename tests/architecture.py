@@ -18,6 +18,7 @@ FLOORS = {
     "commlib.codecs": 1,
     "commlib.topology": 1,
     "commlib.boundary": 2,
+    "commlib.copies": 2,
     "commlib.counters": 2,
     "commlib.feedback": 2,
     "commlib.lane": 2,

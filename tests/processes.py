@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-START_SECONDS = 60.0
+START_SECONDS = 400.0
 # Gloo sometimes (3 of 500 times) fails to connect its ranks on loopback; such a run is repeated.
 NOT_CONNECTED = "Gloo connectFullMesh failed"
 

@@ -157,7 +157,13 @@ def synthetic(ranks: int, n: int, align: int, factor: Any, seed: int) -> list[St
             "memories": {},
         }
         states.append(
-            {"rank": rank, "world_size": ranks, "compressors": {"int4+ef": memory}, "steps": {}}
+            {
+                "rank": rank,
+                "world_size": ranks,
+                "compressors": {"int4+ef": memory},
+                "steps": {},
+                "copies": {},
+            }
         )
     return states
 

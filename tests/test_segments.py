@@ -229,3 +229,94 @@ def test_what_does_not_fit_is_refused_and_touches_nothing(call: Any, complaint: 
         return c.transport.bytes_sent
 
     assert on_ranks(2, "int8", body) == [0, 0]
+
+
+@pytest.mark.parametrize("size", WORLDS)
+@pytest.mark.parametrize("embed", ["int4+delta", "int8"])
+def test_gathered_differences(size: int, embed: str) -> None:
+    """Updates of a thousandth arrive to some percent of the update; all ranks hold the same bits;
+    exact segments stay exact; what has not changed does not travel."""
+    how = policy("int4+delta", embed)
+
+    def body(c: Communicator) -> list[torch.Tensor]:
+        x, out, found = data(c.rank, ROW), torch.empty(size * ROW), []
+        for step in range(6):
+            sent = c.transport.bytes_sent
+            unchanged = step == 3
+            if not unchanged:
+                before = x.clone()
+                x += 1e-3 * data(c.rank, ROW, step + 1)
+            c.all_gather_segments(
+                out, x, KEYS, SIZES, NDIMS, async_op=step % 2 == 0, unchanged=unchanged
+            ).wait()
+            found.append(out.clone())
+            mine = out.view(size, ROW)[c.rank]
+            assert torch.equal(mine[640:649], x[640:649]), "the bias is exact"
+            if size > 1 and step > 0:
+                error = (mine[:640] - x[:640]).norm() / (x[:640] - before[:640]).norm()
+                assert 0 < error < 0.2, error
+            if unchanged and embed == "int4+delta":
+                assert c.transport.bytes_sent == sent
+            elif unchanged and size > 1:  # the other scheme's segments come again
+                assert sent < c.transport.bytes_sent <= sent + 1.2 * 1016 * (size - 1)
+        assert size == 1 or c.memory_bytes() >= 4 * size * (640 + 257)
+        return found
+
+    outs = on_ranks(size, how, body)
+    for rank in outs:
+        assert all(torch.equal(a, b) for a, b in zip(rank, outs[0], strict=True))
+    assert torch.equal(outs[0][3][: ROW - 1], outs[0][2][: ROW - 1])
+
+
+def test_differences_resume_bitwise_from_the_own_row_alone() -> None:
+    how = policy("int4+delta", "int4+delta")
+
+    def gather(c: Communicator, step: int) -> torch.Tensor:
+        x = data(c.rank, ROW) + 1e-3 * step * data(c.rank, ROW, 1)
+        out = torch.empty(3 * ROW)
+        c.all_gather_segments(out, x, KEYS, SIZES, NDIMS).wait()
+        return out
+
+    def early(c: Communicator) -> Any:
+        for step in range(3):
+            gather(c, step)
+        state = c.state_dict()
+        assert sum(part.numel() for part in state["copies"].values()) == ROW
+        return state, gather(c, 3), gather(c, 4)
+
+    whole = on_ranks(3, how, early)
+
+    def late(c: Communicator) -> Any:
+        c.load_state_dict(whole[c.rank][0])
+        return gather(c, 3), gather(c, 4)
+
+    def anew(c: Communicator) -> torch.Tensor:
+        c.load_state_dict(whole[c.rank][0])
+        gather(c, 3)
+        c.forget_copies()  # the weights came from elsewhere: exact, once
+        return gather(c, 40)
+
+    for (_, *want), got in zip(whole, on_ranks(3, how, late), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+    exact = torch.cat([data(r, ROW) + 1e-3 * 40 * data(r, ROW, 1) for r in range(3)])
+    assert all(torch.equal(out, exact) for out in on_ranks(3, how, anew))
+
+
+def test_a_key_may_be_gathered_by_differences() -> None:
+    def body(c: Communicator) -> list[float]:
+        x, out, errors = data(c.rank, 500), torch.empty(1000), []
+        for step in range(3):
+            x += 1e-3 * data(c.rank, 500, step)
+            c.all_gather(out, x, "w", scheme="int4+delta").wait()
+            errors.append(float((out.view(2, 500)[c.rank] - x).norm() / x.norm()))
+        with pytest.raises(ValueError, match="leave them out"):
+            c.all_gather(out, x, "v", scheme="int4+delta:store=disk")
+        with pytest.raises(ValueError, match="all_reduce has no memory such as delta; use int4"):
+            c.all_reduce(x, "v", scheme="int4+delta")
+        with pytest.raises(ValueError, match="reduce_scatter has no memory such as delta"):
+            c.reduce_scatter_segments(out[:500], out, ("v",), (500,), (2,))
+        return errors
+
+    for errors in on_ranks(2, only("int4+delta"), body):
+        assert errors[0] == 0
+        assert all(0 < error < 2e-4 for error in errors[1:])

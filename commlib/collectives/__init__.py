@@ -3,7 +3,7 @@
 `ALGORITHMS` has the all-reduces that a scheme may name. The others have one way each.
 """
 
-from . import native, ring, two_phase
+from . import differences, native, ring, two_phase
 from .base import Algorithm, Step, Steps, drive
 from .exchange import all_to_all, all_to_all_split, broadcast, raw, raw_reduce_scatter
 from .p2p import Mail
@@ -27,6 +27,7 @@ __all__ = [
     "all_to_all",
     "all_to_all_split",
     "broadcast",
+    "differences",
     "drive",
     "raw",
     "raw_reduce_scatter",

@@ -162,8 +162,9 @@ def all_gather(
     pool: Pool,
     *,
     slices: int | None = None,
+    add: bool = False,
 ) -> Steps:
-    """`out` becomes the ranks' `x`, in rank order, the same bits on all ranks.
+    """`out` becomes the ranks' `x`, in rank order, the same bits on all ranks; or `add` to it.
 
     x may lie inside `out`. layout: of x (segments that lie apart: with a row of `out` as `pitch`).
     With one rank `out` is a copy.
@@ -192,7 +193,7 @@ def all_gather(
     for number, part in enumerate(parts(codec, rows, count)):
         yield gathers[number]
         with span("decode"):
-            compressor.decompress(key, gathered[number], out, part)
+            compressor.decompress(key, gathered[number], out, part, add=add)
         pool.give(gathered[number], wires[number])
 
 

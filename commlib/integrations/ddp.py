@@ -27,7 +27,6 @@ from commlib.integrations.ddp_refusals import (
     check,
     device_of,
 )
-from commlib.integrations.fits import Carried
 from commlib.integrations.state import PolicyLike, State
 from commlib.policy import TensorInfo
 
@@ -169,13 +168,11 @@ class DDPState(State):
     def _place(self) -> tuple[int, int]:
         return self.communicator.rank, self.communicator.size
 
-    def _carried(self, communicator: str) -> dict[str, Carried]:
+    def _tensors(self) -> dict[str, dict[str, TensorInfo]]:
         if not self._bound:  # names are made up as buckets bring parameters
             return {}
-        return {
-            name: Carried(TensorInfo(name, p.numel(), p.dtype, ndim=p.dim()), p.numel())
-            for p, name in self._names.items()
-        }
+        infos = {n: TensorInfo(n, p.numel(), p.dtype, ndim=p.dim()) for p, n in self._names.items()}
+        return {GRADIENTS: infos}
 
     # What wrap, of and hook do with a state.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from commlib.communicator import Communicator
 from commlib.compressors import text_of
@@ -12,20 +12,17 @@ from commlib.policy import Policy, TensorInfo
 from commlib.scheme import Role, Scheme, TwoPhase, unknown
 
 
-class Carried(NamedTuple):
-    """A tensor that a communicator carries: what a policy sees, and elements of a residual."""
-
-    info: TensorInfo
-    numel: int
-
-
 def check_fits(
-    communicator: Communicator, tensors: Mapping[str, Carried], saved: Mapping[str, Any]
+    communicator: Communicator,
+    tensors: Mapping[str, TensorInfo],
+    shapes: Mapping[str, tuple[int, ...]],
+    saved: Mapping[str, Any],
 ) -> None:
     """Refuse residuals that no tensor here has, that are of another size or of another scheme.
 
     Args:
         tensors: by name; empty where they are not known yet.
+        shapes: of those that are reduce-scattered by dimension 0.
         saved: what `Communicator.state_dict` gave.
 
     Raises: ValueError naming the residual, what it is and what is expected.
@@ -38,15 +35,19 @@ def check_fits(
                 continue
             if tensors and name not in tensors:
                 raise ValueError(f"saved residuals: {unknown('parameter', name, tensors)}")
-            here = tensors.get(name)
-            if here is not None and name == key and h.numel() != here.numel:
-                raise ValueError(
-                    f"the saved residual of {name!r} has {h.numel()} elements, that of the "
-                    f"parameter here {here.numel}"
-                )
+            info = tensors.get(name)
+            if info is not None and name == key and h.dim() == 1 + (name in shapes):
+                numel = info.numel
+                if name in shapes:
+                    first, size = shapes[name][0], communicator.size
+                    numel = -(-first // size) * size * (numel // first)
+                if h.numel() != numel:
+                    raise ValueError(
+                        f"the saved residual of {name!r} has {h.numel()} elements, that of the "
+                        f"parameter here {numel}"
+                    )
             # what "auto" chooses by is the size of a message, not that of a tensor
-            info = None if here is None or communicator._auto else here.info
-            expected = sorted(_texts(policy, info))
+            expected = sorted(_texts(policy, None if communicator._auto else info))
             if text not in expected:
                 raise ValueError(
                     f"the residual of {name!r} was saved under {text}, this policy sends it as "

@@ -1,10 +1,14 @@
-"""Compressed gradients of models sharded by FSDP2 (`torch.distributed.fsdp.fully_shard`).
+"""Compressed training of models sharded by FSDP2 (`torch.distributed.fsdp.fully_shard`).
 
-    model = commlib.wrap(fully_shard(model), "int4+ef")
+    model = commlib.wrap(fully_shard(model), "int4+ef", parameters="int8")
 
-FSDP2 reduce-scatters the gradients of a module together; commlib takes its place in that, and knows
-which parameters they belong to: a policy chooses for each, blocks restart at each, and residuals
-belong to its name.
+    gradients    reduce-scattered to the owners of the shards
+    parameters   gathered before each use: only where asked for
+    replicas     HSDP and replicate(): gradients averaged between the ranks with the same shards
+
+Where there are replicas, which are on other nodes as a rule, that average is what is compressed;
+the reduce-scatter within a node stays torch's own. Policies choose for each parameter by its name,
+blocks restart at each, and residuals belong to it.
 """
 
 from __future__ import annotations
@@ -17,57 +21,66 @@ from torch import nn
 
 from commlib.communicator import Communicator
 from commlib.integrations import channel
-from commlib.integrations.fits import Carried
-from commlib.integrations.fsdp_groups import Backward, Group, ReduceScatter
+from commlib.integrations.fsdp_groups import Backward, Group, key_of, names_of
 from commlib.integrations.fsdp_refusals import (
     check,
     check_gradients,
-    device_of,
+    check_parameters,
     groups_of,
-    unwrapped,
 )
-from commlib.integrations.ranked import Ranks
 from commlib.integrations.state import PolicyLike, State, parsed
-from commlib.policy import TensorInfo
+from commlib.policy import Policy, Role, TensorInfo
 
 Model = TypeVar("Model", bound=nn.Module)
-GRADIENTS = "gradients"
-# What torch.compile and activation checkpointing put into names: a state must fit with or without.
-PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
+GRADIENTS, PARAMETERS, REPLICAS = "gradients", "parameters", "replicas"
+DIGITS = "0123456789"
+MINE = "commlib"  # the attribute of FSDP2's parameter groups that has our `Group`
 
 
 def wrap(
     model: Model,
     policy: PolicyLike | None = None,
     *,
+    parameters: PolicyLike | None = None,
     seed: int | None = None,
     timeout: float | None = None,
 ) -> Model:
-    """Compress the gradients of an FSDP2 model; returns the same object.
+    """Compress what an FSDP2 model sends; returns the same object.
 
     Every rank calls it, with the same arguments, after `fully_shard`; parameters may still be on
     the meta device. A second call reconfigures: what is not given stays, residuals stay unless the
     policy changes.
 
+    On CPU, where FSDP2 blocks in its collectives, gathers through commlib go on while the caller
+    computes (FSDP2's prefetching then overlaps them), and gradients may arrive during the rest of
+    backward.
+
     Args:
-        model: sharded by `fully_shard`, as a whole or in parts, also inside `torch.compile`.
-        policy: scheme text, `Policy`, table or path of a policy file; None: what it was, at first
-            COMMLIB_POLICY, at first and without that "int8+ef".
+        model: sharded by `fully_shard`, as a whole or in parts, or by `replicate`, also inside
+            `torch.compile`.
+        policy: for gradients: scheme text, `Policy`, table or path of a policy file; None: what it
+            was, at first COMMLIB_POLICY, at first and without that "int8+ef".
+        parameters: for parameters, where they are gathered; "int8", or "int4+delta": differences
+            to what all ranks hold since the last step. That takes the memory of all parameters on
+            every rank; a parameter travels raw the first time, and not at all for backward. After
+            weights were set by other means than an optimizer or `load_state_dict`, call
+            `commlib.of(model).reset()`. "fp32" gathers raw, without blocking. None: what it was, at
+            first the rules of `policy` that name the role of parameters, without such FSDP2's own
+            gathers.
         seed: of the random streams; None: what it was, at first 0.
         timeout: seconds a collective may take; None: what it was, at first the group's.
 
     Raises:
-        ValueError: FSDP2 used in a way that leaves no room.
+        ValueError: FSDP2 used in a way that leaves no room, or a scheme that does not suit.
     """
     torch_groups = groups_of(model)
-    check(torch_groups, gathers=False)
-    state = _state(torch_groups)
-    if policy is not None:
-        check_gradients(parsed(policy), sharded=True)
-    if state is None:
-        state = FSDPState(policy, seed=seed or 0, timeout=timeout)
-    else:
-        state._reconfigure(policy, seed, timeout)
+    gathers = _of_parameters(policy) if parameters is None else parsed(parameters)
+    state = _state(torch_groups) or FSDPState(policy, seed=seed or 0, timeout=timeout)
+    check(torch_groups, gathers=gathers is not None)
+    check_gradients(state.policy if policy is None else parsed(policy), torch_groups)
+    if gathers is not None:
+        check_parameters(gathers)
+    state._configure(policy, gathers, seed, timeout)
     state._bind(model, torch_groups)
     return model
 
@@ -87,23 +100,32 @@ def of(model: nn.Module) -> FSDPState:
 class FSDPState(State):
     """What commlib knows about one FSDP2 model on this rank; made by `wrap`.
 
-    Communicators: "gradients", over the ranks that share the parameters. Its residuals are float32
-    (or as the policy says) of shape (W, padded shard) by parameter name: row r is what this rank
-    owes to the shard of rank r; `padded shard` is ceil(dim 0 / W) rows of the parameter, of which
-    the last ranks' end is padding (zero). `shapes` has every parameter's shape.
+    Communicators, and what they remember by the parameter's name, with W the ranks that share the
+    parameter and n = ceil(dim 0 / W) of its rows, its padded shard (padding is zero):
+
+        gradients     (W, n): row r is what this rank still owes to the shard of rank r
+        replicas      (n,), and under `NAME|reduced` what this rank owes as owner of a part of it
+        parameters    with +delta "copies" (n,): this rank's part, as all ranks hold it
+
+    A model whose modules are on several meshes has several, `gradients2` and so on. `shapes` has
+    the shape of every parameter.
     """
+
+    _sums = False  # FSDP2 divides them, by a number that changes with the ranks
 
     def __init__(
         self, policy: PolicyLike | None = None, *, seed: int = 0, timeout: float | None = None
     ) -> None:
         super().__init__(policy, seed=seed, timeout=timeout)
+        self.parameters: Policy | str | None = None
         self._groups: list[Group] = []
+        self._kept: dict[str, dict[str, Any]] = {}  # memory that outlives its communicator
         self._backward = Backward()
-        self._by_group: dict[dist.ProcessGroup, Communicator] = {}
+        self._by_group: dict[tuple[str, dist.ProcessGroup | None], Communicator] = {}
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """The shape of every parameter of the model that FSDP2 shards, by name."""
+        """The shape of every parameter that FSDP2 manages, by name."""
         return {
             name: parameter._orig_size
             for group in self._groups
@@ -111,62 +133,122 @@ class FSDPState(State):
         }
 
     def _open(self) -> dict[str, Communicator]:
+        """One communicator per use and process group that the model's groups have."""
+        wanted: dict[tuple[str, dist.ProcessGroup | None], None] = {}
+        for group in self._groups:
+            if group.replicated:
+                wanted[REPLICAS, group.replica_group] = None
+            elif group.shard_group is not None:
+                wanted[GRADIENTS, group.shard_group] = None
+        for group in self._groups:
+            if self.parameters is not None and group.shard_group is not None:
+                wanted[PARAMETERS, group.shard_group] = None
         self._by_group = {}
-        found: dict[str, Communicator] = {}
-        for shards in dict.fromkeys(group.shard_group for group in self._groups):
-            if shards is None:
-                continue
-            name = GRADIENTS + (f"{len(found) + 1}" if found else "")
-            found[name] = self._by_group[shards] = channel.communicator(
-                shards,
-                self.policy,
+        named: dict[str, Communicator] = {}
+        for use, process_group in wanted:
+            same = sum(name.rstrip(DIGITS) == use for name in named)
+            made = channel.communicator(
+                process_group,
+                self.parameters if use == PARAMETERS and self.parameters else self.policy,
                 seed=self.seed,
                 timeout=self.timeout,
-                device=device_of([group.torch for group in self._groups]),
+                device=self._groups[0].torch.device,
             )
+            self._by_group[use, process_group] = made
+            named[f"{use}{same + 1}" if same else use] = made
+        kept, self._kept = self._kept, {}
+        for name, memory in kept.items():
+            if name in named:
+                named[name].load_state_dict(memory)
+        return named
+
+    def _tensors(self) -> dict[str, dict[str, TensorInfo]]:
+        """What is reduce-scattered, as the policy sees it."""
+        found: dict[str, dict[str, TensorInfo]] = {}
+        for group in self._groups:
+            for name, parameter in zip(group.names, group.torch.fsdp_params, strict=True):
+                if use := self._use_of(group):
+                    size = parameter._orig_size
+                    found.setdefault(use, {})[name] = TensorInfo(
+                        name, size.numel(), group.reduce_dtype, Role.GRADIENT, len(size)
+                    )
         return found
+
+    def _shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Of what is reduce-scattered by dimension 0."""
+        found: dict[str, dict[str, tuple[int, ...]]] = {}
+        for group in self._groups:
+            for name, parameter in zip(group.names, group.torch.fsdp_params, strict=True):
+                if (use := self._use_of(group)) and parameter.fsdp_placement.dim == 0:
+                    found.setdefault(use, {})[name] = tuple(parameter._orig_size)
+        return found
+
+    def _use_of(self, group: Group) -> str:
+        """The name of the communicator that reduce-scatters `group`; empty for none."""
+        mine = self._by_group.get((GRADIENTS, group.shard_group))
+        return next((name for name, c in self.communicators.items() if c is mine), "")
 
     def _place(self) -> tuple[int, int]:
         mesh = self._groups[0].torch.mesh_info.mesh.mesh.flatten().tolist()
         return mesh.index(dist.get_rank()), len(mesh)
 
-    def _carried(self, communicator: str) -> dict[str, Carried]:
-        found = {}
-        for group in self._groups:
-            policy, ranks = group.torch.mp_policy, group.torch.mesh_info.mesh.size()
-            for name, p in zip(group.names, group.torch.fsdp_params, strict=True):
-                numel, dtype = p._orig_size.numel(), policy.reduce_dtype or policy.param_dtype
-                info = TensorInfo(
-                    name, numel, dtype or p.sharded_param.dtype, ndim=len(p._orig_size)
-                )
-                found[name] = Carried(info, ranks * p.padded_sharded_param_size.numel())
-        return found
-
-    def _ranks(self) -> Ranks:
-        # a sum is divided by FSDP2, by a number that changes with the ranks
-        return Ranks(self.shapes, sums=False)
+    # What the groups ask for.
 
     def _for_gradients(self, group: Group) -> Communicator:
-        """The communicator of a group's reduce-scatter."""
-        assert group.shard_group is not None
-        self.communicators  # noqa: B018  # makes them
-        return self._by_group[group.shard_group]
+        return self._find(GRADIENTS, group.shard_group)
 
-    def _settle_after_backward(self, group: Group) -> None:
-        self._backward.add(group)
+    def _for_parameters(self, group: Group) -> Communicator:
+        return self._find(PARAMETERS, group.shard_group)
+
+    def _for_replicas(self, group: Group) -> Communicator:
+        return self._find(REPLICAS, group.replica_group)
+
+    def _find(self, use: str, process_group: dist.ProcessGroup | None) -> Communicator:
+        if self._communicators is None:
+            self.communicators  # noqa: B018  # after close(): makes them again
+        return self._by_group[use, process_group]
+
+    def _weights_were_loaded(self) -> None:
+        """What other ranks hold of this rank's parameters is no reference for these."""
+        for (use, _), communicator in self._by_group.items():
+            if use == PARAMETERS and self._communicators is not None:
+                communicator.forget_copies()
+
+    # What wrapping does with a state.
+
+    def _configure(
+        self,
+        policy: PolicyLike | None,
+        parameters: Policy | str | None,
+        seed: int | None,
+        timeout: float | None,
+    ) -> None:
+        """What is not given stays, and so does the memory of what goes on as it was."""
+        new = self.policy if policy is None else parsed(policy)
+        others = self.parameters if parameters is None else parameters
+        stays = {GRADIENTS: new == self.policy, PARAMETERS: others == self.parameters}
+        stays[REPLICAS] = stays[GRADIENTS]
+        self._kept = {
+            name: communicator.state_dict()
+            for name, communicator in (self._communicators or {}).items()
+            if stays[name.rstrip(DIGITS)]
+        }
+        self.policy, self.parameters = new, others
+        self.seed = self.seed if seed is None else seed
+        self.timeout = self.timeout if timeout is None else timeout
+        self.close()
 
     def _bind(self, model: nn.Module, torch_groups: list[Any]) -> None:
-        names = _names(model)
+        names = names_of(model)
         self._groups = []
         for torch_group in torch_groups:
-            group = torch_group.__dict__.get("commlib")
+            group = torch_group.__dict__.get(MINE)
             if group is None:
-                own = [_name(names, parameter) for parameter in torch_group.fsdp_params]
-                group = torch_group.commlib = Group(torch_group, own, self)
-                torch_group._reduce_scatter_comm = ReduceScatter(
-                    group, torch_group._reduce_scatter_comm
-                )
+                own = [names[key_of(parameter)] for parameter in torch_group.fsdp_params]
+                group = Group(torch_group, own, self)
+                setattr(torch_group, MINE, group)
             group.state = self
+            group.attach(gathers=self.parameters is not None)
             self._groups.append(group)
         for communicator in self.communicators.values():
             communicator.warmup()  # what fails or takes long does so here, not in backward
@@ -174,25 +256,17 @@ class FSDPState(State):
 
 def _state(torch_groups: list[Any]) -> FSDPState | None:
     for torch_group in torch_groups:
-        group = torch_group.__dict__.get("commlib")
+        group = torch_group.__dict__.get(MINE)
         if group is not None:
             state: FSDPState = group.state
             return state
     return None
 
 
-def _names(model: nn.Module) -> dict[tuple[int, str], str]:
-    """The name of every parameter, as `named_parameters` has it, by its module and name there."""
-    found: dict[tuple[int, str], str] = {}
-    for prefix, module in unwrapped(model).named_modules():
-        for name in module._parameters:
-            path = f"{prefix}.{name}" if prefix else name
-            for inserted in PREFIXES:
-                path = path.replace(inserted, "")
-            found.setdefault((id(module), name), path)
-    return found
-
-
-def _name(names: dict[tuple[int, str], str], parameter: Any) -> str:
-    info = parameter._module_info
-    return names[id(info.module), info.param_name]
+def _of_parameters(policy: PolicyLike | None) -> Policy | None:
+    """The rules of a policy that name the role of parameters."""
+    given = None if policy is None else parsed(policy)
+    if not isinstance(given, Policy):
+        return None
+    rules = tuple(rule for rule in given.rules if rule.role == Role.PARAMETER)
+    return Policy(rules) if rules else None

@@ -2,30 +2,40 @@
 
 FSDP2 moves the parameters of a module together. Its collectives get flat tensors and no names:
 
-    reduce-scatter   W rows, each the concatenation of the group's padded shards    once in backward
-    all-gather       one such row, which lies inside the output                     before each use
+    all-gather       one row: the group's padded shards; it lies inside the output   before each use
+    reduce-scatter   W such rows, of the parameters that have a gradient             in backward
+    all-reduce       one row of those, among the ranks that hold the same shards     after that
 
-in the order of the group's parameters, of which the first has only those with a gradient. `Group`
-knows names and sizes and finds out which have a gradient; `ReduceScatter` is what FSDP2 calls.
+in the order of the group's parameters. `Group` knows names and sizes and finds out which have a
+gradient; `fsdp_comms` has what FSDP2 calls.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.autograd import Variable
-from torch.distributed.fsdp._fully_shard._fsdp_common import DDPMeshInfo, FSDPMeshInfo
+from torch.distributed.fsdp._fully_shard._fsdp_common import (
+    DDPMeshInfo,
+    FSDPMeshInfo,
+    TrainingState,
+)
 
+from commlib.integrations.calls import ReduceOp
+from commlib.integrations.fsdp_comms import AllGather, ReduceScatter, Replicas
 from commlib.work import Work
 
 if TYPE_CHECKING:
     from commlib.integrations.fsdp import FSDPState
 
-ReduceOp = dist.ReduceOp
+# What torch.compile and checkpoint_wrapper put into names: a state must fit with and without.
+INSERTED = ("_orig_mod.", "_checkpoint_wrapped_module.")
 NO_BACKWARD = -1  # what autograd calls the graph task outside of any
 
 
@@ -58,6 +68,22 @@ class Group:
             post_backward(*unused)
 
         torch_group.post_backward = noted
+        for module in torch_group.modules:
+            module.register_load_state_dict_post_hook(self._loaded)
+
+    def attach(self, *, gathers: bool) -> None:
+        """Stand in FSDP2's place where this group's gradients travel, and if asked its gathers."""
+        group = self.torch
+        if self.replicated:
+            info = copy.copy(group.mesh_info)  # which all groups of the mesh share
+            inner = info.replicate_process_group
+            if not isinstance(inner, Replicas):
+                info.replicate_process_group = Replicas(self, inner)
+                group.mesh_info = info
+        elif not isinstance(group._reduce_scatter_comm, ReduceScatter):
+            group._reduce_scatter_comm = ReduceScatter(self, group._reduce_scatter_comm)
+        if gathers and not isinstance(group._all_gather_comm, AllGather):
+            group._all_gather_comm = AllGather(self, group._all_gather_comm)
 
     @property
     def shard_group(self) -> dist.ProcessGroup | None:
@@ -66,9 +92,31 @@ class Group:
         return info.shard_process_group if isinstance(info, FSDPMeshInfo) else None
 
     @property
+    def replica_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same shards; None where no others do."""
+        info = self.torch.mesh_info
+        if not isinstance(info, DDPMeshInfo):
+            return None
+        group: dist.ProcessGroup = info.replicate_process_group
+        return group.inner if isinstance(group, Replicas) else group
+
+    @property
     def replicated(self) -> bool:
-        """Whether other ranks hold the same shards (HSDP, replicate)."""
-        return isinstance(self.torch.mesh_info, DDPMeshInfo)
+        """Whether gradients go to other nodes by an all-reduce (HSDP, replicate)."""
+        group = self.replica_group
+        return group is not None and (group.size() > 1 or self.shard_group is None)
+
+    @property
+    def reduce_dtype(self) -> torch.dtype:
+        """Of the gradients as they travel."""
+        mixed = self.torch.mp_policy
+        dtype: torch.dtype = self.torch.fsdp_params[0].sharded_param.dtype
+        return mixed.reduce_dtype or mixed.param_dtype or dtype
+
+    @property
+    def in_backward(self) -> bool:
+        """Whether parameters are gathered again for backward: they are those of forward."""
+        return bool(self.torch._training_state == TrainingState.PRE_BACKWARD)
 
     def all_segments(self) -> Segments:
         """All parameters, as they are gathered."""
@@ -97,7 +145,7 @@ class Group:
             work.wait()
             return
         self._late = work
-        self.state._settle_after_backward(self)
+        self.state._backward.add(self)
 
     def may_be_late(self, x: torch.Tensor, op: Any) -> bool:
         """Whether nobody looks into the reduced gradient `x` before backward ends.
@@ -118,6 +166,9 @@ class Group:
             or getattr(parameter.sharded_param, "_post_accumulate_grad_hooks", None)
             for parameter in group.fsdp_params
         )
+
+    def _loaded(self, *unused: Any) -> None:
+        self.state._weights_were_loaded()
 
     def _note(self) -> None:
         """Which parameters FSDP2 is about to reduce; it takes their gradients at once."""
@@ -149,48 +200,6 @@ def _has_gradient(parameter: Any, zeros: bool) -> bool:
     return unsharded.grad is not None or (zeros and unsharded.requires_grad)
 
 
-class Comm:
-    """What stands in FSDP2's place of a collective; `inner` stood there before."""
-
-    def __init__(self, group: Group, inner: Any) -> None:
-        self.group, self.inner = group, inner
-
-    def allocate(
-        self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor:
-        """A buffer for what is sent or received."""
-        with torch.inference_mode(False):  # threads write to it that are in no such mode
-            buffer: torch.Tensor = self.inner.allocate(size, dtype=dtype, device=device)
-            return buffer
-
-
-class ReduceScatter(Comm):
-    """FSDP2's reduce-scatter, compressed."""
-
-    def __call__(
-        self,
-        output_tensor: torch.Tensor,
-        input_tensor: torch.Tensor,
-        group: dist.ProcessGroup,
-        op: Any,
-        async_op: bool = False,
-    ) -> None:
-        mine = self.group
-        late = not mine.replicated and mine.may_be_late(output_tensor, op)
-        work = mine.state._for_gradients(mine).reduce_scatter_segments(
-            output_tensor,
-            input_tensor,
-            *mine.gradients(output_tensor.numel()),
-            factor=factor(op, group.size()),
-            async_op=late,
-            own=lambda: self.inner(output_tensor, input_tensor, group, op),
-        )
-        mine.finish(work, late=late)
-
-
-OURS = (ReduceScatter,)
-
-
 class Backward:
     """Results that are waited for when the backward that is running ends."""
 
@@ -214,8 +223,19 @@ class Backward:
             group.settle()
 
 
-def factor(op: Any, size: int) -> float:
-    """What the sum over `size` ranks is multiplied by."""
-    if op == ReduceOp.PREMUL_SUM:
-        return float(op.factor)
-    return 1.0 / size if op == ReduceOp.AVG else 1.0
+def names_of(model: nn.Module) -> dict[tuple[int, str], str]:
+    """The name of every parameter in `model.named_parameters()`, by its module and name there."""
+    found: dict[tuple[int, str], str] = {}
+    for prefix, module in model.named_modules():
+        for name in module._parameters:
+            path = f"{prefix}.{name}" if prefix else name
+            for inserted in INSERTED:
+                path = path.replace(inserted, "")
+            found.setdefault((id(module), name), path)
+    return found
+
+
+def key_of(parameter: Any) -> tuple[int, str]:
+    """A parameter of FSDP2 as `names_of` has it."""
+    info = parameter._module_info
+    return id(info.module), info.param_name

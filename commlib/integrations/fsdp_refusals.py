@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
     DefaultAllGather,
     DefaultReduceScatter,
 )
+from torch.distributed.fsdp._fully_shard._fsdp_common import DDPMeshInfo
 
-from commlib.integrations.fsdp_groups import OURS
+from commlib.integrations.fsdp_comms import OURS
 from commlib.modes import ErrorFeedback
-from commlib.policy import Policy
-from commlib.scheme import TwoPhase
+from commlib.policy import Policy, check_mode
+from commlib.scheme import Role, TwoPhase
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -72,19 +72,21 @@ def check(groups: list[Any], *, gathers: bool) -> None:
         )
 
 
-def check_gradients(policy: Policy | str, *, sharded: bool) -> None:
-    """Refuse schemes that FSDP2's collectives cannot follow (ValueError).
-
-    sharded: gradients are reduce-scattered by commlib, which has one way to do so.
-    """
-    if isinstance(policy, str) or not sharded:
+def check_gradients(policy: Policy | str, groups: list[Any]) -> None:
+    """Refuse schemes that gradients of these groups cannot have (ValueError)."""
+    if isinstance(policy, str):
         return
+    scattered = any(not isinstance(group.mesh_info, DDPMeshInfo) for group in groups)
     for rule in policy.rules:
-        if not rule.scheme.lossless and not isinstance(rule.scheme.algorithm, TwoPhase):
+        scheme = rule.scheme
+        if rule.role not in (None, Role.GRADIENT):
+            continue
+        check_mode(scheme, Role.GRADIENT)
+        if scattered and not scheme.lossless and not isinstance(scheme.algorithm, TwoPhase):
             raise ValueError(
-                f"scheme {str(rule.scheme)!r}: the gradients of sharded parameters are "
-                "reduce-scattered, which goes one way: parts to their owners, who add them; leave "
-                "the algorithm after @ out"
+                f"scheme {str(scheme)!r}: gradients of sharded parameters are reduce-scattered, "
+                "which goes one way: parts to their owners, who add them; leave @"
+                f"{scheme.algorithm} out"
             )
 
 
@@ -100,11 +102,7 @@ def check_parameters(policy: Policy | str) -> None:
         if isinstance(scheme.feedback, ErrorFeedback):
             raise ValueError(
                 f"parameters={str(scheme)!r}: a parameter is a value, not an increment, and "
-                f"yesterday's residual has no place in it; use {str(scheme.stateless())!r}"
+                f"yesterday's residual has no place in it; use {str(scheme.stateless())!r}, or "
+                f"{scheme.codec}+delta"
             )
-
-
-def device_of(groups: list[Any]) -> torch.device:
-    """The device of the gradients."""
-    device: torch.device = groups[0].device
-    return device
+        check_mode(scheme, Role.PARAMETER)

@@ -12,13 +12,14 @@ so instead of handing out another rank's residuals.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
 
 from commlib.reshard import Total, nbytes
 
+MODEL = ("memory", "shapes", "sums")  # what the state of a model has
 LABEL = re.compile(r"rank (\d+) of (\d+)")
 
 
@@ -48,32 +49,28 @@ def unranked(saved: Any, *keys: str) -> dict[str, Any]:
 
 
 class Ranks:
-    """The states of all ranks of a model, added up one after the other, in rank order.
+    """The states of all ranks of a model, added up one after the other, in rank order."""
 
-    Args: as of `Total`.
-    """
-
-    def __init__(
-        self, shapes: Mapping[str, Sequence[int]] | None = None, *, sums: bool = True
-    ) -> None:
-        self._shapes, self._sums = shapes or {}, sums
+    def __init__(self) -> None:
         self._totals: dict[str, Total] = {}
         self._dropped: dict[str, int] = {}  # communicators, and the bytes they remember
-        self._seen = 0
+        self._first: dict[str, Any] = {}  # what all states have alike
 
     def add(self, state: Mapping[str, Any]) -> None:
         """The next rank's state, as `unranked` gives it."""
-        self._seen += 1
+        self._first = self._first or {"shapes": state["shapes"], "sums": state["sums"]}
         for name, saved in state["memory"].items():
             if saved["world_size"] != state["world_size"]:  # groups of ranks, by no rule known here
                 self._dropped[name] = self._dropped.get(name, 0) + nbytes(saved)
                 continue
-            total = self._totals.setdefault(name, Total(self._shapes, sums=self._sums))
-            total.add(saved)
+            if name not in self._totals:
+                shapes = state["shapes"].get(name, {})
+                self._totals[name] = Total(shapes, sums=state["sums"])
+            self._totals[name].add(saved)
 
     def finish(self) -> None:
         """All have come. ValueError where that is not so."""
-        if not self._seen:
+        if not self._first:
             raise ValueError("there are no states to redistribute")
         for total in self._totals.values():
             total.finish()
@@ -81,7 +78,7 @@ class Ranks:
     def state(self, rank: int, world_size: int) -> dict[str, Any]:
         """The state of `rank` of `world_size` others, as `unranked` gives it."""
         memory = {name: total.state(rank, world_size) for name, total in self._totals.items()}
-        return {"rank": rank, "world_size": world_size, "memory": memory}
+        return {**self._first, "rank": rank, "world_size": world_size, "memory": memory}
 
     def told(self, world_size: int) -> str:
         """What the states made so far do not carry on; empty where they carry all."""

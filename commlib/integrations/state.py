@@ -12,9 +12,9 @@ from typing import Any
 
 from commlib.communicator import Communicator
 from commlib.integrations import channel
-from commlib.integrations.fits import Carried, check_fits
-from commlib.integrations.ranked import Ranks, in_world, ranked, unranked
-from commlib.policy import Policy, Scheme
+from commlib.integrations.fits import check_fits
+from commlib.integrations.ranked import MODEL, Ranks, in_world, ranked, unranked
+from commlib.policy import Policy, Scheme, TensorInfo
 from commlib.reshard import check_next
 
 log = logging.getLogger("commlib")
@@ -36,6 +36,8 @@ class State:
         timeout: seconds a collective may take; None: the group's.
     """
 
+    _sums = True  # whether a sum is what the model takes, see `Total`
+
     def __init__(
         self, policy: PolicyLike | None = None, *, seed: int = 0, timeout: float | None = None
     ) -> None:
@@ -53,14 +55,13 @@ class State:
         """This rank and how many there are, among those that hold the model."""
         raise NotImplementedError
 
-    def _carried(self, communicator: str) -> dict[str, Carried]:
-        """What a communicator carries, by name; empty where that is not known."""
-        del communicator
+    def _tensors(self) -> dict[str, dict[str, TensorInfo]]:
+        """What a communicator carries, by name, as its policy sees it; none where not known."""
         return {}
 
-    def _ranks(self) -> Ranks:
-        """What adds up the states of all ranks."""
-        return Ranks()
+    def _shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Of what a communicator reduce-scatters, by name: dimension 0 is what is cut."""
+        return {}
 
     @property
     def communicators(self) -> dict[str, Communicator]:
@@ -80,8 +81,14 @@ class State:
         uninterrupted one.
         """
         rank, size = self._place()
-        memory = {name: c.state_dict() for name, c in self.communicators.items()}
-        return ranked({"rank": rank, "world_size": size, "memory": memory}, *in_world(rank, size))
+        state = {
+            "rank": rank,
+            "world_size": size,
+            "memory": {name: c.state_dict() for name, c in self.communicators.items()},
+            "shapes": self._shapes(),
+            "sums": self._sums,
+        }
+        return ranked(state, *in_world(rank, size))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()` of the same rank in a group of the same size.
@@ -91,7 +98,7 @@ class State:
                 `load_states` takes those of all ranks), or its residuals would not be sent here: of
                 other parameters, or of another scheme.
         """
-        mine = unranked(state, "memory")
+        mine = unranked(state, *MODEL)
         complaint = self._mismatch(mine)
         if complaint:
             raise ValueError(
@@ -112,9 +119,9 @@ class State:
         Raises: ValueError: a rank is missing or out of order; and as `load_state_dict`.
         """
         rank, size = self._place()
-        ranks, same = self._ranks(), False
+        ranks, same = Ranks(), False
         for number, saved in enumerate(states):
-            state = unranked(saved, "memory")
+            state = unranked(saved, *MODEL)
             same = same or state["world_size"] == size
             if not same:
                 ranks.add(state)
@@ -197,8 +204,9 @@ class State:
                 f"the state is of communicators {', '.join(memory)}, this model has "
                 f"{', '.join(mine)}"
             )
+        tensors, shapes = self._tensors(), self._shapes()
         for name, saved in memory.items():
-            check_fits(mine[name], self._carried(name), saved)
+            check_fits(mine[name], tensors.get(name, {}), shapes.get(name, {}), saved)
         for name, communicator in mine.items():
             if name in memory:
                 communicator.load_state_dict(memory[name])
@@ -217,7 +225,7 @@ class State:
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Like load_state_dict, for a model unpickled on a rank that did not pickle it."""
-        complaint = self._mismatch(unranked(state, "memory"))
+        complaint = self._mismatch(unranked(state, *MODEL))
         if complaint:
             log.warning("%s; they start from zero", complaint)
         else:

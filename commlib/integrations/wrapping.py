@@ -22,6 +22,7 @@ def wrap(
     policy: PolicyLike | None = None,
     *,
     backward: PolicyLike | None = None,
+    parameters: PolicyLike | None = None,
     seed: int | None = None,
     timeout: float | None = None,
 ) -> Thing:
@@ -36,6 +37,7 @@ def wrap(
         policy: scheme text, `Policy`, table or path of a policy file; None: COMMLIB_POLICY, else
             "int8+ef" for gradients and "int8" for pipelines.
         backward: of a pipeline, for the gradients of activations; None: as `policy`.
+        parameters: of an FSDP2 model, for gathered parameters ("int8", "int4+delta"); None: raw.
         seed: of the random streams; None: what it was, at first 0.
         timeout: seconds a collective or an agreement may take; None: the group's.
 
@@ -48,8 +50,10 @@ def wrap(
                 "module sends gradients only"
             )
         if is_fsdp(model):
-            return fsdp.wrap(model, policy, seed=seed, timeout=timeout)
+            return fsdp.wrap(model, policy, parameters=parameters, seed=seed, timeout=timeout)
+        _no_parameters(parameters, "other modules are not gathered")
         return ddp.wrap(model, policy, seed=seed, timeout=timeout)
+    _no_parameters(parameters, "a pipeline gathers none: wrap the stage's module too")
     wrap_pipeline(model, policy, backward=backward, seed=seed, timeout=timeout)
     return model
 
@@ -130,6 +134,11 @@ def of_pipeline(thing: Any) -> Pipeline:
     if found is None:
         raise ValueError("this pipeline is not wrapped; call commlib.wrap(schedule, policy) first")
     return found
+
+
+def _no_parameters(parameters: object, why: str) -> None:
+    if parameters is not None:
+        raise ValueError(f"parameters={parameters!r} is for models sharded by fully_shard; {why}")
 
 
 def _parts(thing: Any) -> tuple[list[Any], Any]:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from tests.integrations.ddp_cases import batch
 
@@ -65,11 +66,17 @@ def train(
 
 
 def loss(model: Any, step: int) -> torch.Tensor:
-    return model(batch(step)).float().square().mean()
+    x = batch(step).to(next(model.parameters()).dtype)
+    return model(x).square().mean()
 
 
 def shards(model: Any) -> dict[str, torch.Tensor]:
-    return {name: p.to_local().detach().clone() for name, p in model.named_parameters()}
+    return {name: local(p.detach()).clone() for name, p in model.named_parameters()}
+
+
+def local(x: Any) -> torch.Tensor:
+    """This rank's part; the tensor itself where it is no DTensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def gradients(model: Any, *, whole: bool = False) -> dict[str, torch.Tensor]:

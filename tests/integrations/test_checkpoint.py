@@ -221,5 +221,9 @@ def test_what_is_owed_reaches_other_ranks(pool: Pool, tmp_path: Path, kind: str)
 
 
 def test_ranked() -> None:
-    state = {"rank": 0, "world_size": 2, "memory": {}}
-    assert unranked(ranked(state, 3, 4), "memory") is state
+    state = {"rank": 0, "world_size": 2, "history": 0}
+    assert unranked(ranked(state, 3, 4), "history") is state
+    for wrong in (state, {}, None, ranked({}, 3, 4), ranked({"history": 0}, 3, 4)):
+        raises(ValueError, "such as 'rank 0 of 4'", "history")(
+            lambda wrong=wrong: unranked(wrong, "history")
+        )

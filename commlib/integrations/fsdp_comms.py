@@ -1,0 +1,116 @@
+"""What FSDP2 calls instead of torch's collectives, for one of its parameter groups each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from commlib.integrations.calls import ReduceOp, factor
+from commlib.integrations.works import AsyncWork
+from commlib.transport import backends
+
+if TYPE_CHECKING:
+    from commlib.integrations.fsdp_groups import Group
+
+Base: Any = dist.ProcessGroup  # its stubs have the names of one torch
+
+
+class Comm:
+    """What stands in FSDP2's place of a collective; `inner` stood there before."""
+
+    def __init__(self, group: Group, inner: Any) -> None:
+        self.group, self.inner = group, inner
+
+    def allocate(
+        self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """A buffer for what is sent or received."""
+        with torch.inference_mode(False):  # threads write to it that are in no such mode
+            buffer: torch.Tensor = self.inner.allocate(size, dtype=dtype, device=device)
+            return buffer
+
+
+class ReduceScatter(Comm):
+    """FSDP2's reduce-scatter, compressed."""
+
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        mine = self.group
+        late = mine.replica_group is None and mine.may_be_late(output_tensor, op)
+        work = mine.state._for_gradients(mine).reduce_scatter_segments(
+            output_tensor,
+            input_tensor,
+            *mine.gradients(output_tensor.numel()),
+            factor=factor(op, group.size()),
+            async_op=late,
+            own=lambda: self.inner(output_tensor, input_tensor, group, op),
+        )
+        mine.finish(work, late=late)
+
+
+class AllGather(Comm):
+    """FSDP2's all-gather, compressed; on CPU it goes on while the caller computes."""
+
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        async_op: bool = False,
+    ) -> Any:
+        mine = self.group
+        segments = mine.all_segments()
+        # Other ranks: resharded after forward to fewer of them. Other elements: tensor subclasses
+        # with a gather format of their own.
+        if group is not mine.shard_group or input_tensor.numel() != sum(segments.sizes):
+            return self.inner(output_tensor, input_tensor, group, async_op)
+        work = mine.state._for_parameters(mine).all_gather_segments(
+            output_tensor, input_tensor, *segments, async_op=True, unchanged=mine.in_backward
+        )
+        if output_tensor.device.type == "cpu" or async_op:
+            return AsyncWork(work, [output_tensor])
+        work.wait()  # FSDP2's stream does
+        return None
+
+
+class Replicas(Base):  # type: ignore[misc]
+    """A replica group whose all-reduce of one parameter group's gradients is compressed.
+
+    inner: the mesh's own group, which does everything else.
+    """
+
+    def __init__(self, group: Group, inner: dist.ProcessGroup) -> None:
+        super().__init__(inner.rank(), inner.size())
+        self.group, self.inner = group, inner
+        for device, name in backends(inner).items():
+            kind = getattr(dist.ProcessGroup.BackendType, name.upper(), None)
+            kind = dist.ProcessGroup.BackendType.CUSTOM if kind is None else kind
+            self._set_default_backend(kind)
+            self._register_backend(
+                torch.device(device), kind, inner._get_backend(torch.device(device))
+            )
+
+    def allreduce(self, tensors: list[torch.Tensor], opts: Any) -> None:
+        """FSDP2's call on what it has reduce-scattered; `tensors` has one tensor."""
+        (x,), op, mine = tensors, opts.reduceOp, self.group
+        late = op == ReduceOp.AVG and mine.may_be_late(x, op)
+        work = mine.state._for_replicas(mine).all_reduce_segments(
+            x,
+            *mine.gradients(x.numel()),
+            factor=factor(op, self.size()),
+            async_op=late,
+            own=lambda: dist.all_reduce(x, op, self.inner),
+        )
+        mine.finish(work, late=late)
+
+
+OURS = (ReduceScatter, AllGather)
