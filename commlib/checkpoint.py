@@ -100,10 +100,11 @@ def load(
         rank, size = state._place()
     here = "rank {} of {}".format(*in_world(rank, size))
     places = [names[saved] for saved in sorted(names)]
-    mine = next((name for name in places if name.endswith(here)), None)
     if len(places) == size:
         mine = places[rank]
-    if mine is not None:
+    else:  # entries of other groups, too: this one's where the world is as it was
+        mine = next((name for name in places if ranks is None and name.endswith(here)), "")
+    if mine:
         state.load_state_dict(next(_read(reader, metadata, [mine])))
     elif pipeline:
         raise ValueError(

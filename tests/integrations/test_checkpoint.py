@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import commlib
 import commlib.checkpoint
+from tests.integrations import fsdp_cases
 from tests.integrations.checkpoint_cases import (
     KINDS,
+    POLICY,
     ddp,
     debts,
     descend,
+    gradients,
     messages,
     plain,
 )
@@ -91,25 +95,24 @@ def save(folder: str) -> tuple[torch.Tensor, float]:
     return end, descend(model, range(4, 12))
 
 
-def load_the_same(folder: str) -> torch.Tensor:
-    for name in ("saved", "async"):
-        model, again, once_more = (ddp(seed=5) for _ in range(3))
-        dcp.load(parts(model), checkpoint_id=f"{folder}/{name}")
-        for other, source in ((again, f"{folder}/alone"), (once_more, f"{folder}/{name}")):
-            dcp.load({"model": other.module}, checkpoint_id=f"{folder}/{name}")
-            commlib.checkpoint.load(other, source)
-        end = train(model, 3, start=3)
-        assert torch.equal(train(again, 3, start=3), end)
-        assert torch.equal(train(once_more, 3, start=3), end)
-    return end
+def load_the_same(folder: str) -> list[torch.Tensor]:
+    """By DCP, by DCP of what was saved asynchronously, and apart from the model: the same run."""
+    load, ends = commlib.checkpoint.load, []
+    for entries in ("saved", "async", "alone"):
+        model = ddp(seed=5)
+        given = parts(model) if entries == "saved" else {"model": model.module}
+        dcp.load(given, checkpoint_id=f"{folder}/saved")
+        if entries != "saved":
+            load(model, f"{folder}/{entries}")
+        ends.append(train(model, 3, start=3))
+    return ends
 
 
 def test_as_many_ranks_go_on_bitwise_and_others_close(pool: Pool, tmp_path: Path) -> None:
     saved = pool.run(save, str(tmp_path), ranks=4, **PATIENT)
-    for end, (expected, _) in zip(
-        pool.run(load_the_same, str(tmp_path), ranks=4, **PATIENT), saved, strict=True
-    ):
-        assert torch.equal(end, expected)
+    resumed = pool.run(load_the_same, str(tmp_path), ranks=4, **PATIENT)
+    for ends, (expected, _) in zip(resumed, saved, strict=True):
+        assert all(torch.equal(end, expected) for end in ends)
     for ranks in (2, 3):
         for loss, exact in pool.run(load_elsewhere, str(tmp_path), ranks=ranks, **PATIENT):
             assert loss == pytest.approx(exact, rel=0.01)
@@ -218,6 +221,37 @@ def test_what_is_owed_reaches_other_ranks(pool: Pool, tmp_path: Path, kind: str)
             found = came[0][name].flatten() + more[0][name].flatten()
             found += owed.get(name, torch.zeros(1))[: exact.numel()]
             assert (found - exact).abs().max() < 2e-6 * max(1.0, exact.abs().max()), name
+
+
+def groups_among_the_ranks(folder: str) -> None:
+    """HSDP's replicas: which ranks had which shard is not carried over, and that is told."""
+    model = commlib.wrap(fsdp_cases.sharded(mesh=fsdp_cases.mesh(2, 2)), POLICY)
+    gradients(model, 0)
+    torch.save(commlib.of(model).state_dict(), f"{folder}/{dist.get_rank()}.pt")
+    dist.barrier()
+    files = [torch.load(f"{folder}/{r}.pt", weights_only=True) for r in range(4)]
+    held = sum(
+        saved.nbytes
+        for state in files
+        for memory in unranked(state)["memory"]["replicas"]["compressors"].values()
+        for saved in memory["residuals"].values()
+    )
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("commlib").addHandler(handler)
+    made = commlib.checkpoint.redistribute(files, 3)
+    logging.getLogger("commlib").removeHandler(handler)
+    assert told == [
+        f"the residuals of communicator 'replicas' ({held} bytes) are of groups among the ranks: "
+        "dropped, and starting from zero"
+    ]
+    assert held > 0
+    assert unranked(made[2])["memory"] == {}
+
+
+def test_what_is_dropped_is_told(pool: Pool, tmp_path: Path) -> None:
+    pool.run(groups_among_the_ranks, str(tmp_path), ranks=4, **PATIENT)
 
 
 def test_ranked() -> None:

@@ -12,6 +12,7 @@ from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import commlib
+from commlib.integrations.ranked import unranked
 from tests.integrations.fsdp_cases import (
     Net,
     equal,
@@ -68,7 +69,8 @@ def only_the_replicas_are_compressed() -> None:
     sent = state.communicators["replicas"].transport.bytes_sent
     # Per step half of it twice, in 4 bits, and scales and vectors; raw it would be 4 bytes each.
     assert 2 * 0.5 * shard < sent < 2 * 0.7 * shard
-    memory = state.state_dict()["memory"]["replicas"]["compressors"]["int4:round=nearest+ef"]
+    replicas = unranked(state.state_dict())["memory"]["replicas"]
+    memory = replicas["compressors"]["int4:round=nearest+ef"]
     for name, p in model.named_parameters():
         rows = -(-p.shape[0] // 2)
         assert memory["residuals"][name].numel() == rows * (p.numel() // p.shape[0])
