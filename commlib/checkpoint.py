@@ -26,13 +26,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_states
 from torch.distributed.checkpoint.storage import StorageReader
 
 from commlib.integrations.pipeline import Pipeline
-from commlib.integrations.ranked import LABEL, Ranks, in_world, ranked, unranked
+from commlib.integrations.ranked import LABEL, MODEL, Ranks, in_world, ranked, unranked
 from commlib.integrations.wrapping import of
 
 log = logging.getLogger("commlib")
@@ -49,10 +50,17 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
         model: what `commlib.wrap` wrapped.
         path: of a folder, which must not hold a checkpoint yet.
 
-    Raises: CheckpointException, on all ranks: the folder holds a checkpoint, or a rank failed.
+    Raises: RuntimeError, on all ranks: the folder holds a checkpoint, or a rank could not write.
     """
     writer = FileSystemWriter(path, overwrite=False)
-    save_states({ENTRY: of(model)}, storage_writer=writer)
+    try:
+        save_states({ENTRY: of(model)}, storage_writer=writer)
+    except CheckpointException as error:  # which `except Exception` would let pass
+        rank, (reason, _) = next(iter(error.failures.items()))
+        raise RuntimeError(
+            f"saving to {path} failed, first on rank {rank}: {reason}; give every checkpoint a "
+            "folder of its own"
+        ) from error
 
 
 def load(
@@ -92,10 +100,11 @@ def load(
         rank, size = state._place()
     here = "rank {} of {}".format(*in_world(rank, size))
     places = [names[saved] for saved in sorted(names)]
-    mine = next((name for name in places if name.endswith(here)), None)
     if len(places) == size:
         mine = places[rank]
-    if mine is not None:
+    else:  # entries of other groups, too: this one's where the world is as it was
+        mine = next((name for name in places if ranks is None and name.endswith(here)), "")
+    if mine:
         state.load_state_dict(next(_read(reader, metadata, [mine])))
     elif pipeline:
         raise ValueError(
@@ -103,7 +112,7 @@ def load(
             "belongs to its stages: start without it on all ranks"
         )
     else:
-        state.load_states(_read(reader, metadata, places))
+        state.load_states(_of_one_group(source, len(places), _read(reader, metadata, places)))
 
 
 def redistribute(states: Iterable[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
@@ -122,7 +131,7 @@ def redistribute(states: Iterable[dict[str, Any]], world_size: int) -> list[dict
     """
     total, same = Ranks(), []
     for saved in states:
-        state = unranked(saved, "memory")
+        state = unranked(saved, *MODEL)
         total.add(state)
         if state["world_size"] == world_size:
             same.append(saved)
@@ -151,6 +160,20 @@ def _entries(names: Iterable[str], entry: str | None, source: Any) -> dict[int, 
             "one"
         )
     return next(iter(found.values()))
+
+
+def _of_one_group(
+    source: Any, size: int, states: Iterable[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """The states as they come. ValueError where they are of several groups of ranks."""
+    for saved in states:
+        found = unranked(saved)["world_size"]
+        if found != size:
+            raise ValueError(
+                f"{source}: {size} ranks have an entry, one of a group of {found}: say by ranks= "
+                "which of them made up the group of this model"
+            )
+        yield saved
 
 
 class _Planner(DefaultLoadPlanner):

@@ -135,7 +135,7 @@ class Engine:
         Raises: ValueError: the state is another rank's, or of another number of ranks: see
             `reshard.redistribute`. RuntimeError: a CUDA graph holds the residuals.
         """
-        if not {"rank", "world_size", "compressors", "steps"} <= state.keys():
+        if not {"rank", "world_size", "compressors", "steps", "copies"} <= state.keys():
             raise ValueError(f"no state of a communicator: it has {', '.join(state) or 'nothing'}")
         here, there = (self.rank, self.size), (state["rank"], state["world_size"])
         if here != there:
@@ -151,7 +151,7 @@ class Engine:
         with self._carrier.still():
             self._compressors.load_state_dict(state["compressors"])
             self._steps = dict(state["steps"])
-            self._copies.load_state_dict(state.get("copies", {}))
+            self._copies.load_state_dict(state["copies"])
             self._carrier.captures.forget()
 
     def reset(self) -> None:

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,14 +84,20 @@ class _Sum:
 class Total:
     """What all ranks of a communicator remember, added up state by state, in rank order.
 
-    shapes: of the tensors of a reduce-scatter, whose rows are dimension 0 in equal parts; a tensor
-    without one has as many elements as its rows.
+    Args:
+        shapes: of the tensors of a reduce-scatter, whose rows are dimension 0 in equal parts and
+            then zeros; those without one are dropped. None: they have as many elements as the rows.
+        sums: whether a factor of 1 stays so. False: the result is divided afterwards, by a number
+            that is not known here, and such residuals are dropped.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
+    def __init__(
+        self, shapes: Mapping[str, Sequence[int]] | None = None, *, sums: bool = True
+    ) -> None:
+        self._only_means = not sums
         self.size = 0  # ranks of the run
         self._added = 0
-        self._shapes = shapes or {}
+        self._shapes = shapes
         self._sums: dict[str, dict[str, _Sum]] = {}  # by compressor, by name
         self._steps: dict[str, dict[str, int]] = {}
         self._eras: dict[str, int] = {}
@@ -100,12 +106,8 @@ class Total:
 
     def add(self, state: State) -> None:
         """The next rank's state. ValueError where it is not the next one of this run."""
+        check_next(state, self._added, self.size)
         rank, size = state["rank"], state["world_size"]
-        if (rank, size) != (self._added, self.size or size):
-            raise ValueError(
-                f"the states of all ranks of one run must come in rank order: rank {self._added}"
-                f"{f' of {self.size}' if self.size else ''} is next, this is rank {rank} of {size}"
-            )
         first, self.size, self._added = not self._added, size, rank + 1
         texts = state["compressors"].keys()
         if not first and texts != self._sums.keys():
@@ -115,6 +117,8 @@ class Total:
             )
         for text, saved in state["compressors"].items():
             self._add(rank, text, saved)
+        for name, copy in state["copies"].items():
+            self._drop(f"copy of {name!r}", copy)
         _furthest(self._eras, state["steps"])
 
     def finish(self) -> None:
@@ -163,6 +167,7 @@ class Total:
             "world_size": world_size,
             "compressors": compressors,
             "steps": dict(self._eras),
+            "copies": {},
         }
 
     def told(self, world_size: int) -> str:
@@ -187,7 +192,7 @@ class Total:
             self._drop(f"memory {name!r}", memory)
         for name, h in saved["residuals"].items():
             share = saved["shares"][name]
-            if share[0] != self.size:  # of a part of these ranks, by a rule not known here
+            if not self._known(name, share, h):
                 self._drop(f"residual {name!r} of {text}", h)
                 continue
             if not rank:
@@ -210,6 +215,13 @@ class Total:
         if missing := [n for n in sums if n not in saved["residuals"]]:
             raise ValueError(f"rank {rank} has no residuals of {', '.join(missing)} ({text})")
 
+    def _known(self, name: str, share: list[Any], h: torch.Tensor) -> bool:
+        """Whether it is known how to share out a residual among other ranks."""
+        ranks, _, factor = share
+        divided = self._only_means and factor == 1.0 and not name.endswith(OWNER)
+        placed = h.dim() == 1 or self._shapes is None or name in self._shapes
+        return bool(ranks == self.size and placed and not divided)
+
     def _part(self, name: str, one: _Sum, rank: int, world_size: int) -> torch.Tensor | None:
         """In fp32 what `rank` holds of it; None where that is zero on all ranks."""
         whole = one.value
@@ -225,9 +237,9 @@ class Total:
 
     def _rows(self, name: str, x: torch.Tensor, world_size: int) -> torch.Tensor:
         """The rows of a reduce-scatter for other ranks: dimension 0 in equal parts, then zeros."""
-        shape = self._shapes.get(name, (x.numel(),))
+        shape = (x.numel(),) if self._shapes is None else self._shapes[name]
         numel = math.prod(shape)
-        if name not in self._shapes and numel % world_size:
+        if self._shapes is None and numel % world_size:
             raise ValueError(
                 f"residual {name!r} has {numel} elements in {self.size} rows, which are no "
                 f"{world_size} equal rows"
@@ -239,6 +251,27 @@ class Total:
 
     def _drop(self, what: str, tensor: torch.Tensor) -> None:
         self._dropped[what] = self._dropped.get(what, 0) + tensor.nbytes
+
+
+def check_next(state: State, rank: int, size: int) -> None:
+    """ValueError where a state is not the next of a run of `size` ranks, 0 if that is not known."""
+    here = state["rank"], state["world_size"]
+    if here != (rank, size or here[1]):
+        raise ValueError(
+            f"the states of all ranks of one run must come in rank order: rank {rank}"
+            f"{f' of {size}' if size else ''} is next, this is rank {here[0]} of {here[1]}"
+        )
+
+
+def nbytes(state: State) -> int:
+    """Bytes of residuals and named memory in a communicator's state."""
+    kinds = ("residuals", "scales", "memories")
+    return sum(
+        tensor.nbytes
+        for saved in state["compressors"].values()
+        for kind in kinds
+        for tensor in saved[kind].values()
+    )
 
 
 def _furthest(steps: dict[str, int], more: Mapping[str, int]) -> None:

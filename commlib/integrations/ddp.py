@@ -28,7 +28,7 @@ from commlib.integrations.ddp_refusals import (
     device_of,
 )
 from commlib.integrations.state import PolicyLike, State
-from commlib.policy import Role, TensorInfo
+from commlib.policy import TensorInfo
 
 log = logging.getLogger("commlib")
 
@@ -171,10 +171,7 @@ class DDPState(State):
     def _tensors(self) -> dict[str, dict[str, TensorInfo]]:
         if not self._bound:  # names are made up as buckets bring parameters
             return {}
-        infos = {
-            name: TensorInfo(name, p.numel(), p.dtype, Role.GRADIENT, p.dim())
-            for p, name in self._names.items()
-        }
+        infos = {n: TensorInfo(n, p.numel(), p.dtype, ndim=p.dim()) for p, n in self._names.items()}
         return {GRADIENTS: infos}
 
     # What wrap, of and hook do with a state.

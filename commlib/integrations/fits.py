@@ -13,12 +13,16 @@ from commlib.scheme import Role, Scheme, TwoPhase, unknown
 
 
 def check_fits(
-    communicator: Communicator, tensors: Mapping[str, TensorInfo], saved: Mapping[str, Any]
+    communicator: Communicator,
+    tensors: Mapping[str, TensorInfo],
+    shapes: Mapping[str, tuple[int, ...]],
+    saved: Mapping[str, Any],
 ) -> None:
     """Refuse residuals that no tensor here has, that are of another size or of another scheme.
 
     Args:
         tensors: by name; empty where they are not known yet.
+        shapes: of those that are reduce-scattered by dimension 0.
         saved: what `Communicator.state_dict` gave.
 
     Raises: ValueError naming the residual, what it is and what is expected.
@@ -32,14 +36,18 @@ def check_fits(
             if tensors and name not in tensors:
                 raise ValueError(f"saved residuals: {unknown('parameter', name, tensors)}")
             info = tensors.get(name)
-            if info is not None and name == key and h.dim() == 1 and h.numel() != info.numel:
-                raise ValueError(
-                    f"the saved residual of {name!r} has {h.numel()} elements, the parameter here "
-                    f"{info.numel}"
-                )
+            if info is not None and name == key and h.dim() == 1 + (name in shapes):
+                numel = info.numel
+                if name in shapes:
+                    first, size = shapes[name][0], communicator.size
+                    numel = -(-first // size) * size * (numel // first)
+                if h.numel() != numel:
+                    raise ValueError(
+                        f"the saved residual of {name!r} has {h.numel()} elements, that of the "
+                        f"parameter here {numel}"
+                    )
             # what "auto" chooses by is the size of a message, not that of a tensor
-            known = None if communicator._auto else info
-            expected = sorted(_texts(policy, known))
+            expected = sorted(_texts(policy, None if communicator._auto else info))
             if text not in expected:
                 raise ValueError(
                     f"the residual of {name!r} was saved under {text}, this policy sends it as "

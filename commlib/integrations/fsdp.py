@@ -111,6 +111,8 @@ class FSDPState(State):
     the shape of every parameter.
     """
 
+    _sums = False  # FSDP2 divides them, by a number that changes with the ranks
+
     def __init__(
         self, policy: PolicyLike | None = None, *, seed: int = 0, timeout: float | None = None
     ) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from commlib.reshard import Total
+from commlib.reshard import Total, nbytes
 
+MODEL = ("memory", "shapes", "sums")  # what the state of a model has
 LABEL = re.compile(r"rank (\d+) of (\d+)")
 
 
@@ -48,30 +49,28 @@ def unranked(saved: Any, *keys: str) -> dict[str, Any]:
 
 
 class Ranks:
-    """The states of all ranks of a model, added up one after the other, in rank order.
+    """The states of all ranks of a model, added up one after the other, in rank order."""
 
-    shapes: by communicator, as `Total` takes them.
-    """
-
-    def __init__(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]] | None = None) -> None:
-        self._shapes = shapes or {}
+    def __init__(self) -> None:
         self._totals: dict[str, Total] = {}
+        self._dropped: dict[str, int] = {}  # communicators, and the bytes they remember
+        self._first: dict[str, Any] = {}  # what all states have alike
 
     def add(self, state: Mapping[str, Any]) -> None:
         """The next rank's state, as `unranked` gives it."""
-        memory = state["memory"]
-        if self._totals and self._totals.keys() != memory.keys():
-            raise ValueError(
-                f"rank {state['rank']} has states of {', '.join(memory)}, the ranks before it of "
-                f"{', '.join(self._totals)}"
-            )
-        for name, saved in memory.items():
-            total = self._totals.setdefault(name, Total(self._shapes.get(name)))
-            total.add(saved)
+        self._first = self._first or {"shapes": state["shapes"], "sums": state["sums"]}
+        for name, saved in state["memory"].items():
+            if saved["world_size"] != state["world_size"]:  # groups of ranks, by no rule known here
+                self._dropped[name] = self._dropped.get(name, 0) + nbytes(saved)
+                continue
+            if name not in self._totals:
+                shapes = state["shapes"].get(name, {})
+                self._totals[name] = Total(shapes, sums=state["sums"])
+            self._totals[name].add(saved)
 
     def finish(self) -> None:
         """All have come. ValueError where that is not so."""
-        if not self._totals:
+        if not self._first:
             raise ValueError("there are no states to redistribute")
         for total in self._totals.values():
             total.finish()
@@ -79,8 +78,15 @@ class Ranks:
     def state(self, rank: int, world_size: int) -> dict[str, Any]:
         """The state of `rank` of `world_size` others, as `unranked` gives it."""
         memory = {name: total.state(rank, world_size) for name, total in self._totals.items()}
-        return {"rank": rank, "world_size": world_size, "memory": memory}
+        return {**self._first, "rank": rank, "world_size": world_size, "memory": memory}
 
     def told(self, world_size: int) -> str:
         """What the states made so far do not carry on; empty where they carry all."""
-        return "; ".join(filter(None, (t.told(world_size) for t in self._totals.values())))
+        lines = [total.told(world_size) for total in self._totals.values()]
+        lines += [
+            f"the residuals of communicator {name!r} ({size} bytes) are of groups among the ranks: "
+            "dropped, and starting from zero"
+            for name, size in self._dropped.items()
+            if size
+        ]
+        return "; ".join(filter(None, lines))

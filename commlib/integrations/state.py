@@ -13,8 +13,9 @@ from typing import Any
 from commlib.communicator import Communicator
 from commlib.integrations import channel
 from commlib.integrations.fits import check_fits
-from commlib.integrations.ranked import Ranks, in_world, ranked, unranked
+from commlib.integrations.ranked import MODEL, Ranks, in_world, ranked, unranked
 from commlib.policy import Policy, Scheme, TensorInfo
+from commlib.reshard import check_next
 
 log = logging.getLogger("commlib")
 
@@ -35,6 +36,8 @@ class State:
         timeout: seconds a collective may take; None: the group's.
     """
 
+    _sums = True  # whether a sum is what the model takes, see `Total`
+
     def __init__(
         self, policy: PolicyLike | None = None, *, seed: int = 0, timeout: float | None = None
     ) -> None:
@@ -53,11 +56,11 @@ class State:
         raise NotImplementedError
 
     def _tensors(self) -> dict[str, dict[str, TensorInfo]]:
-        """What each communicator carries, by name, as the policy sees it; empty where not known."""
+        """What a communicator carries, by name, as its policy sees it; none where not known."""
         return {}
 
     def _shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """Of what each communicator reduce-scatters, by name: dimension 0 is what is cut."""
+        """Of what a communicator reduce-scatters, by name: dimension 0 is what is cut."""
         return {}
 
     @property
@@ -78,8 +81,14 @@ class State:
         uninterrupted one.
         """
         rank, size = self._place()
-        memory = {name: c.state_dict() for name, c in self.communicators.items()}
-        return ranked({"rank": rank, "world_size": size, "memory": memory}, *in_world(rank, size))
+        state = {
+            "rank": rank,
+            "world_size": size,
+            "memory": {name: c.state_dict() for name, c in self.communicators.items()},
+            "shapes": self._shapes(),
+            "sums": self._sums,
+        }
+        return ranked(state, *in_world(rank, size))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()` of the same rank in a group of the same size.
@@ -89,7 +98,7 @@ class State:
                 `load_states` takes those of all ranks), or its residuals would not be sent here: of
                 other parameters, or of another scheme.
         """
-        mine = unranked(state, "memory")
+        mine = unranked(state, *MODEL)
         complaint = self._mismatch(mine)
         if complaint:
             raise ValueError(
@@ -110,18 +119,19 @@ class State:
         Raises: ValueError: a rank is missing or out of order; and as `load_state_dict`.
         """
         rank, size = self._place()
-        ranks, others = Ranks(self._shapes()), 0
-        for saved in states:
-            state = unranked(saved, "memory")
-            if (state["rank"], state["world_size"]) == (rank, size):
+        ranks, same = Ranks(), False
+        for number, saved in enumerate(states):
+            state = unranked(saved, *MODEL)
+            same = same or state["world_size"] == size
+            if not same:
+                ranks.add(state)
+                continue
+            check_next(state, number, size)
+            if number == rank:
                 self._load(state)
                 return
-            if state["world_size"] == size:
-                others += 1
-            else:
-                ranks.add(state)
-        if others:
-            raise ValueError(f"{others} states of {size} ranks, and none of this rank {rank}")
+        if same:
+            raise ValueError(f"the state of rank {rank} of {size} is missing")
         ranks.finish()
         self._load(ranks.state(rank, size))
         told = ranks.told(size)
@@ -188,16 +198,20 @@ class State:
 
     def _load(self, state: dict[str, Any]) -> None:
         """Take up an unranked state of this rank, if it is of this model."""
-        memory, tensors = state["memory"], self._tensors()
-        if memory.keys() != self.communicators.keys():
+        memory, mine = state["memory"], self.communicators
+        if not memory.keys() <= mine.keys():
             raise ValueError(
-                f"the state is of communicators {', '.join(memory) or '(none)'}, this model has "
-                f"{', '.join(self.communicators)}"
+                f"the state is of communicators {', '.join(memory)}, this model has "
+                f"{', '.join(mine)}"
             )
-        for name, communicator in self.communicators.items():
-            check_fits(communicator, tensors.get(name, {}), memory[name])
-        for name, communicator in self.communicators.items():
-            communicator.load_state_dict(memory[name])
+        tensors, shapes = self._tensors(), self._shapes()
+        for name, saved in memory.items():
+            check_fits(mine[name], tensors.get(name, {}), shapes.get(name, {}), saved)
+        for name, communicator in mine.items():
+            if name in memory:
+                communicator.load_state_dict(memory[name])
+            else:
+                communicator.reset()
 
     def _mismatch(self, state: dict[str, Any]) -> str:
         """Why `state` cannot continue here; empty where it can."""
@@ -211,7 +225,7 @@ class State:
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Like load_state_dict, for a model unpickled on a rank that did not pickle it."""
-        complaint = self._mismatch(unranked(state, "memory"))
+        complaint = self._mismatch(unranked(state, *MODEL))
         if complaint:
             log.warning("%s; they start from zero", complaint)
         else:

@@ -12,6 +12,7 @@ from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import commlib
+from commlib.integrations.ranked import unranked
 from tests.integrations.fsdp_cases import (
     Net,
     equal,
@@ -66,9 +67,10 @@ def only_the_replicas_are_compressed() -> None:
     train(model, 2)
     shard = sum(p.to_local().numel() for p in model.parameters())
     sent = state.communicators["replicas"].transport.bytes_sent
-    # Per step 4 bits both ways, scales, and the vectors as they are; raw it would be 8 bytes each.
-    assert 2 * 1.0 * shard < sent < 2 * 1.3 * shard
-    memory = state.state_dict()["memory"]["replicas"]["compressors"]["int4:round=nearest+ef"]
+    # Per step half of it twice, in 4 bits, and scales and vectors; raw it would be 4 bytes each.
+    assert 2 * 0.5 * shard < sent < 2 * 0.7 * shard
+    replicas = unranked(state.state_dict())["memory"]["replicas"]
+    memory = replicas["compressors"]["int4:round=nearest+ef"]
     for name, p in model.named_parameters():
         rows = -(-p.shape[0] // 2)
         assert memory["residuals"][name].numel() == rows * (p.numel() // p.shape[0])
@@ -94,9 +96,8 @@ def partial_sums_wait_for_the_last_microbatch() -> None:
     assert equal(gradient(commlib.wrap(hybrid(2, 2), "fp32")), plain)
     model = commlib.wrap(hybrid(2, 2), "int8+ef")
     assert 0 < relative(gradient(model), plain) < 0.01
-    calls = commlib.of(model).communicators["replicas"].meter
-    assert len(modules(model)) == 3
-    assert commlib.of(model).stats().count("all_reduce") == 3, calls
+    rows = [line.split() for line in commlib.of(model).stats().splitlines()]
+    assert [row[-5] for row in rows if row[:1] == ["all_reduce"]] == ["1"] * len(modules(model))
 
 
 def the_mesh_stays_the_users() -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 import commlib
+from commlib.integrations.ranked import unranked
 from tests.integrations.ddp_cases import raises
 from tests.integrations.fsdp_cases import equal, loss, mesh, relative, sharded, shards
 from tests.processes import Pool
@@ -62,7 +63,7 @@ def wrapping_again() -> None:
     assert held > 0
 
     def residual() -> torch.Tensor:
-        compressors = state.state_dict()["memory"]["gradients"]["compressors"]
+        compressors = unranked(state.state_dict())["memory"]["gradients"]["compressors"]
         return compressors["int4:round=nearest+ef"]["residuals"]["head.weight"]
 
     before = residual()
@@ -103,7 +104,8 @@ def padding_remembers_nothing() -> None:
     """30 rows over 4 ranks are 8 each: the last two rows of the last rank's are nobody's."""
     model = commlib.wrap(sharded(), "int4+ef")
     steps(model, range(3))
-    memory = commlib.of(model).state_dict()["memory"]["gradients"]["compressors"]
+    state = unranked(commlib.of(model).state_dict())
+    memory = state["memory"]["gradients"]["compressors"]
     rows = memory["int4:round=nearest+ef"]["residuals"]["head.weight"]
     assert rows.shape == (4, 8 * 48)
     assert rows[3, 6 * 48 :].eq(0).all()
@@ -113,7 +115,7 @@ def padding_remembers_nothing() -> None:
 def another_ranks_state_is_refused() -> None:
     model = commlib.wrap(sharded(), "int4+ef")
     state = commlib.of(model).state_dict()
-    state["rank"] = state["rank"] + 1
+    unranked(state)["rank"] += 1
     raises(ValueError, "rank")(lambda: commlib.of(model).load_state_dict(state))
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 import commlib
+import commlib.checkpoint
 from commlib.integrations.ranked import unranked
 from tests.integrations.pipeline_cases import (
     BATCH,
@@ -154,6 +157,27 @@ def tampered() -> None:
     commlib.of(second).load_state_dict(state)
     text = error_of(lambda: small_step(second, 1, **told), RuntimeError)
     has(text, ["rank 1", "stage0.forward.to1", "checksum"])
+
+
+def through_dcp(folder: str) -> None:
+    """Each rank's own boundaries come back; on another number of ranks nobody gets any."""
+    told = {"sample_ids": list(range(BATCH))}
+    first, second, third = (commlib.wrap(build("1F1B"), "int4+delta") for _ in range(3))
+    small_step(first, 0, **told)
+    commlib.checkpoint.save(first, f"{folder}/alone")
+    dcp.save({"commlib": commlib.of(first)}, checkpoint_id=f"{folder}/saved")
+    dcp.load({"commlib": commlib.of(second)}, checkpoint_id=f"{folder}/saved")
+    commlib.checkpoint.load(third, f"{folder}/alone")
+    for other in (second, third):
+        small_step(other, 1, **told)
+        commlib.of(other).verify()
+    load = commlib.checkpoint.load
+    text = error_of(lambda: load(third, f"{folder}/alone", ranks=[0]), ValueError)
+    has(text, ["a pipeline of 1 ranks", "this one has 2"])
+
+
+def test_through_dcp(pool: Pool, tmp_path: Path) -> None:
+    pool.run(through_dcp, str(tmp_path), ranks=2)
 
 
 @pytest.mark.parametrize(
