@@ -28,6 +28,9 @@ LOOK = 1.0
 # Characters of a value shown in an error.
 SHOWN = 120
 
+# Where a plan has what a rank says beside it.
+SAYS = "says"
+
 Plan = Mapping[str, Any]
 
 
@@ -58,6 +61,25 @@ class Agreement:
         if different:
             raise Disagreement(_difference(plan, self.transport.rank, different))
         self._complete(missing, _describe(plan))
+
+    def tell(self, plan: Plan, mine: str) -> list[str]:
+        """What each rank has to say beside a `plan` that is the same on all, by rank.
+
+        Raises: as `agree`.
+        """
+        texts, missing = self._round(json.dumps({**plan, SAYS: mine}))
+        plans = {r: json.loads(text) for r, text in texts.items()}
+        said = {r: other.pop(SAYS, None) for r, other in plans.items()}
+        text = json.dumps(plan)
+        different = {
+            r: other
+            for r, other in plans.items()
+            if json.dumps(other) != text or not isinstance(said[r], str)
+        }
+        if different:
+            raise Disagreement(_difference(plan, self.transport.rank, different))
+        self._complete(missing, _describe(plan))
+        return [said.get(r, mine) for r in range(self.transport.size)]
 
     def gather(self, what: str, mine: Any) -> list[Any]:
         """What every rank says (JSON), by rank; all ranks call it alike.

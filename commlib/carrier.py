@@ -80,30 +80,31 @@ class Carrier:
 
     def agree(self, text: Mapping[str, Any]) -> None:
         """Return when all ranks have come with the same plan; RuntimeError names who did not."""
+        with self._agreeing(text):
+            self._agreement.agree(text)
+
+    def tell(self, text: Mapping[str, Any], mine: str) -> list[str]:
+        """Like `agree`, and what each rank says with it, by rank."""
+        with self._agreeing(text):
+            return self._agreement.tell(text, mine)
+
+    @contextmanager
+    def _agreeing(self, text: Mapping[str, Any]) -> Iterator[None]:
         with self._lock:
             self.refuse()
             try:
-                self._agreement.agree(text)
+                yield
             except Disagreement:
                 raise
             except (RuntimeError, OSError) as error:  # a timeout, another rank's failure, no store
                 what = f"the agreement on {text['op']} of key {text['key']!r}"
                 raise self.fail(error, [], what) from error
 
-    def gather(self, what: str, mine: str) -> list[str]:
-        """What every rank says, by rank; all call it alike. RuntimeError names who did not."""
-        with self._lock:
-            self.refuse()
-            try:
-                return self._agreement.gather(what, mine)
-            except (RuntimeError, OSError) as error:
-                raise self.fail(error, [], what) from error
-
     def divide(self, groups: Sequence[Sequence[int]]) -> None:
-        """Make the transports of those `groups` of ranks that this one is in, before their use.
+        """Connect those `groups` of ranks that this one is in, which messages will ask for.
 
-        Making one waits for its ranks; in a message that would keep the others from moving. With
-        tags there is nothing to make: a lane has its parts.
+        That waits for their ranks: within a message it would keep others from moving. Where there
+        are tags there is nothing to connect, a lane has its parts.
         """
         if self.transport.tagged:
             return

@@ -257,16 +257,18 @@ class Communicator(Engine):
         check_tensor("all_to_all", out, self.transport.device)
         check_all_to_all(out, x, out_splits, in_splits, self.size)
         even = out_splits is None or in_splits is None
-        plan = self._plan("all_to_all" if even else "all_to_all of parts", x, None, role, scheme)
+        op = "all_to_all" if even else "all_to_all of parts"
+        plan = self._plan(op, x, None, role, scheme)
         flat, into = x.detach().view(-1), out.detach().view(-1)
 
         plain = is_exact()  # now: the message may start when the stretch has ended
 
         def chosen(numel: int) -> Compressor | None:
             if scheme is not None:
-                return self._compressors.of(explicit(scheme, None, x.dtype, role).flat())
+                named = explicit(scheme, None, x.dtype, role)
+                return self._compressors.of(self._flat(op, named))
             found = raw() if plain else self._choose(TensorInfo(None, numel, x.dtype, role))
-            return None if found.lossless else self._compressors.of(found.flat())
+            return None if found.lossless else self._compressors.of(self._flat(op, found))
 
         def steps(m: Message, t: Transport) -> Steps:
             if out_splits is not None and in_splits is not None:

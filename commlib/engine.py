@@ -74,6 +74,7 @@ class Engine:
         self.policy = Policy.parse("fp32" if auto else given)
         self._auto = auto
         self.transport = _transport(group, timeout, device)
+        self._own = self.transport if self.transport is not group else None
         self.timeout = self.transport.timeout if timeout is None else timeout
         self.seed = seed
         self.meter = meter or Meter(rank=self.rank)
@@ -84,7 +85,7 @@ class Engine:
         self._plans: dict[Any, Plan] = {}
         self._steps: dict[str, int] = {}  # messages of a key, where the policy changes with them
         self._eras = any(rule.from_step for rule in self.policy.rules)
-        self._nodes: tuple[Ranks, ...] | None = None
+        self.nodes: tuple[Ranks, ...] = ()  # the ranks of each host, once a message needs them
         self._told: set[tuple[str, Scheme]] = set()
         if auto and self.size > 1:
             with self._carrier.still():
@@ -100,16 +101,6 @@ class Engine:
     def size(self) -> int:
         """Ranks in the group."""
         return self.transport.size
-
-    @property
-    def nodes(self) -> tuple[Ranks, ...]:
-        """The ranks of each host; the first access asks all ranks, which all do it alike."""
-        if self._nodes is None:
-            self._nodes = nodes_of(self._carrier.gather("the hosts of the ranks", identity()))
-            logger.info("%d ranks on hosts: %s", self.size, self._nodes)
-            if 1 < len(self._nodes) < self.size:
-                self._carrier.divide([*self._nodes, *columns_of(self._nodes)])
-        return self._nodes
 
     # What is remembered.
 
@@ -194,7 +185,12 @@ class Engine:
 
     def close(self) -> None:
         """Finish what is under way and take no more calls. The group stays."""
+        self._carrier.flush()
+        failed = self._carrier.aborted is not None
         self._carrier.close()
+        # after a failure gloo would wait for an exchange that is pending
+        if isinstance(self._own, TorchTransport) and not failed:
+            self._own.close()
         self._pool.clear()
         self.meter.close()
 
@@ -299,11 +295,11 @@ class Engine:
         text = {"op": plan.op, "key": plan.label, **plan.text}
         text |= {"policy": policy, "seed": self.seed, "wire": WIRE_VERSION}
         text["COMMLIB_CHECK"] = self._carrier.checking
+        if any(message.hierarchical for message in plan.messages):
+            nodes = self._find_nodes(text)
+            text["nodes"] = nodes if len(nodes) <= SHOWN else digest(nodes)
         refused: ValueError | None = None
         for message in plan.messages:
-            if message.hierarchical:
-                nodes = str(self.nodes)
-                text["nodes"] = nodes if len(nodes) <= SHOWN else digest(nodes)
             try:
                 self._ready(message)
             except ValueError as error:
@@ -314,6 +310,16 @@ class Engine:
         if refused is not None:
             raise refused
         self._plans[id_] = plan
+
+    def _find_nodes(self, text: dict[str, Any]) -> str:
+        """Ask all ranks once which hosts they are on, with a first plan on which they agree."""
+        if not self.nodes:
+            nodes = nodes_of(self._carrier.tell(text, identity()))
+            if 1 < len(nodes) < self.size:
+                self._carrier.divide([*nodes, *columns_of(nodes)])
+            logger.info("the %d ranks by host: %s", self.size, nodes)
+            self.nodes = nodes
+        return str(self.nodes)
 
     def _ready(self, message: Message) -> None:
         """Make the compressors of a message; ValueError where their residuals do not fit it."""

@@ -11,8 +11,8 @@ import torch
 
 from commlib import Communicator
 from commlib.lane import MIN_BYTES, Lane, Together
-from commlib.traffic import Pending, Timeout
 from commlib.pending import Exchange
+from commlib.traffic import Pending, Timeout
 from commlib.transport import ThreadTransport, TorchTransport, Transport, run_ranks
 from commlib.waiters import Waiters
 from commlib.work import Work

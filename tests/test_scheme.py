@@ -11,8 +11,8 @@ from commlib.codecs import codec
 from commlib.feedback import ErrorFeedback, Plain
 from commlib.scheme import (
     CONFIGS,
-    Native,
     Hierarchical,
+    Native,
     Ring,
     Role,
     Scheme,

@@ -378,9 +378,21 @@ class Ops(NamedTuple):
     reduce: Callable[..., None]
 
 
-@cache
+_making = threading.Lock()
+
+
 def ops(kind: str) -> Ops:
-    """The ops of a kind of format; each compiles on its first call."""
+    """The ops of a kind of format; each compiles on its first call.
+
+    Made once: threads that made them side by side would swap Numba's cache folder under each other
+    (`jit.entry`), and compile what is there.
+    """
+    with _making:
+        return _made(kind)
+
+
+@cache
+def _made(kind: str) -> Ops:
     coder = CODERS[kind]
     bound: dict[str, Any] = {
         "code": coder.code,
