@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from commlib.agreement import Agreement
 from commlib.communicator import Communicator
 from commlib.policy import Policy
 from commlib.telemetry import Meter
@@ -42,7 +43,9 @@ def channel(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
         raise ValueError("this process is not a member of the group it was given")
     ranks = dist.get_process_group_ranks(group)
     number = _opened[group] = _opened.get(group, 0) + 1  # by group: its ranks count alike
-    name = f"{group.group_name}/commlib{number}"
+    # A store may outlive its ranks (see agreement.py): gloo would look for those before them.
+    meeting = Agreement(TorchTransport(group, device="cpu"), _timeout(group).total_seconds())
+    name = f"{group.group_name}/commlib{number}/{meeting.meet('opening a channel')}"
     opened, _ = c10d._new_process_group_helper(
         group.size(),
         group.rank(),
