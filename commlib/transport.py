@@ -326,17 +326,23 @@ _opened: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], int]
 
 
 def open_group(
-    group: dist.ProcessGroup, ranks: Sequence[int], backend: str, timeout: datetime.timedelta
+    group: dist.ProcessGroup,
+    ranks: Sequence[int],
+    backend: str,
+    timeout: datetime.timedelta,
+    mark: str = "",
 ) -> dist.ProcessGroup:
     """A new process group of `ranks` of `group` (ascending), which call this alike; no others do.
 
     Not by `new_group`: that is called by the whole world, or (use_local_synchronization) names the
-    group by how many groups a rank has seen, which ranks may disagree on; then it hangs.
+    group by how many groups a rank has seen, which ranks may disagree on; then it hangs. mark: part
+    of the name, the same on all of them.
     """
     ranks = tuple(ranks)
     counts = _opened.setdefault(group, {})
     counts[ranks] = number = counts.get(ranks, 0) + 1  # by its ranks: those count alike
-    place = "" if len(ranks) == group.size() else "/" + ",".join(map(str, ranks))
+    part = "" if len(ranks) == group.size() else ",".join(map(str, ranks))
+    name = "/".join(filter(None, (group.group_name, f"commlib{number}", part, mark)))
     everybody = dist.get_process_group_ranks(group)
     members = [everybody[r] for r in ranks]
     with _unbound(dist.group.WORLD):
@@ -346,7 +352,7 @@ def open_group(
             members,
             dist.Backend(backend),
             c10d._get_process_group_store(group),
-            f"{group.group_name}/commlib{number}{place}",
+            name,
             timeout=timeout,
             group_desc="commlib",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -167,6 +168,64 @@ def test_a_rank_that_stops_calling_is_named_by_all_waiting() -> None:
             assert "no answer from rank 2" in text
 
 
+def test_what_was_heard_before_the_store_went_is_told() -> None:
+    """The rank that keeps the store fails like the others, and may be the first to leave."""
+
+    class Leaving(ThreadTransport):
+        left = False
+
+        def read(self, key: str, timeout: float) -> str:
+            if self.left and key.endswith("report/2"):
+                raise RuntimeError("connection reset by peer")
+            return super().read(key, timeout)
+
+    def rank(t: ThreadTransport) -> str:
+        agreement = Agreement(t, 5.0)
+        agreement.agree({"op": "all_reduce", "key": "w"})
+        agreed.wait(20)
+        if t.rank == 2:
+            return ""
+        if t.rank == 1:
+            t.__class__, t.left = Leaving, True  # type: ignore[assignment, attr-defined]
+        return agreement.roll_call("all_reduce of key 'w'", TimeoutError(f"late on {t.rank}"))
+
+    agreed = threading.Barrier(3)
+    keeper, other, _ = run_ranks(3, rank)
+    assert "no answer from rank 2 (process " in keeper
+    assert "rank 1 was in all_reduce of key 'w': late on 1" in keeper
+    assert "nothing heard from rank 2 (process " in other
+    assert "the group's store does not answer" in other
+    assert "connection reset by peer" in other
+    assert "rank 0 was in all_reduce of key 'w': late on 0" in other
+
+
+def test_a_store_that_outlived_ranks_does_not_confuse_those_after_them() -> None:
+    """torchrun keeps its store when it starts ranks anew; one of them comes before the others."""
+
+    def before(t: ThreadTransport) -> dict[str, str]:
+        agreement = Agreement(t, 5.0)
+        agreement.agree({"op": "all_reduce", "key": "old"})
+        agreed.wait(20)
+        agreement.roll_call("all_reduce of key 'old'", TimeoutError("late"))
+        return dict(t._world.store)
+
+    def after(t: ThreadTransport) -> list[str]:
+        for key, value in left.items():
+            t._world.store.setdefault(key, value)
+        ready.wait(20)
+        agreement = Agreement(t, 20.0)
+        if t.rank == 2:
+            time.sleep(0.3)  # the others see whom it succeeds
+        agreement.agree({"op": "all_reduce", "key": "new"})
+        agreement.look()
+        return agreement.gather("names", t.rank)
+
+    agreed, ready = threading.Barrier(3), threading.Barrier(3)
+    left = run_ranks(3, before)[2]
+    assert any(key.endswith("/failed") for key in left)
+    assert run_ranks(3, after) == [[0, 1, 2]] * 3
+
+
 def test_waiting_with_a_timeout_aborts() -> None:
     def rank(t: ThreadTransport) -> None:
         c = Communicator(t, only("int8"), timeout=20.0)
@@ -252,4 +311,4 @@ def test_rounds_leave_nothing_behind() -> None:
         return sorted(key for key in t._world.store if "plan" in key)
 
     for left in run_ranks(3, rank):
-        assert left == [f"0/plan/39/{r}" for r in range(3)]
+        assert [key.partition("/plan/")[2] for key in left] == ["39/0", "39/1", "39/2"]

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from commlib.agreement import Agreement
 from commlib.communicator import Communicator
 from commlib.policy import Policy
 from commlib.telemetry import Meter
@@ -36,7 +37,10 @@ def channel(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
     group = group or dist.group.WORLD
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError("this process is not a member of the group it was given")
-    opened = open_group(group, range(group.size()), _backend(group), _timeout(group))
+    # A store may outlive its ranks (see agreement.py): gloo would look for those before them.
+    meeting = Agreement(TorchTransport(group, device="cpu"), _timeout(group).total_seconds())
+    mark = meeting.meet("opening a channel")
+    opened = open_group(group, range(group.size()), _backend(group), _timeout(group), mark)
     _channels.add(opened)
     return opened
 
