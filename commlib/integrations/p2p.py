@@ -299,6 +299,11 @@ def _start(
     return _issue(sends, tensor, peer, tag, *route)
 
 
+def is_compressed(group: dist.ProcessGroup, tensor: torch.Tensor) -> bool:
+    """Whether the policy compresses a message like `tensor`."""
+    return _choose("send", group, tensor, None) is not None
+
+
 def compressed(
     verb: str, group: dist.ProcessGroup, tensor: torch.Tensor, peer: int | None, tag: int
 ) -> P2PWork | None:

@@ -32,7 +32,7 @@ from commlib.integrations import calls, groups, inner, p2p
 from commlib.integrations.backend import NAME, Options
 from commlib.integrations.calls import ReduceOp, coalesced, is_sum, spelled
 from commlib.plans import is_exact, why_raw
-from commlib.policy import EXACT_BELOW_NUMEL, Policy, Role, Scheme, TensorInfo
+from commlib.policy import EXACT_BELOW_NUMEL, Policy, Role, Rule, Scheme, TensorInfo
 from commlib.scheme import DTYPES
 from commlib.transport import GLOO
 
@@ -40,7 +40,9 @@ c10d: Any = distributed_c10d  # its option classes are missing from the stubs
 AllreduceOptions: Any = c10d.AllreduceOptions
 Base: Any = dist.ProcessGroup  # its stubs have the names of one torch
 
-GRADIENT, ACTIVATION, PARAMETER = Role.GRADIENT, Role.ACTIVATION, Role.PARAMETER
+# What a call carries; numbers, as the hash of a `Role` takes too long for every call.
+GRADIENT, ACTIVATION, PARAMETER, MESSAGE = range(4)
+ROLES = (Role.GRADIENT, Role.ACTIVATION, Role.PARAMETER)
 PREMUL_SUM = ReduceOp.PREMUL_SUM
 CODED = frozenset(DTYPES)
 PLAIN = (torch.Tensor, nn.Parameter)  # others only look like tensors, while a program is traced
@@ -69,6 +71,9 @@ class ProcessGroup(Base):  # type: ignore[misc]
         # A call is passed on by `plain`, not by `super()`: there c10d looks for an override first,
         # and it takes 1.4 us to find that the call comes from one.
         self._allreduce = self.plain.allreduce
+        self._reduce_scatter = self._under(REDUCE_SCATTER)
+        self._all_gather = self._under(ALL_GATHER)
+        self._size = self.size()  # this, too, c10d looks for in Python
         self._choices: dict[Any, bool] = {}
         groups.set_seed(self, options.seed)
         if options.policy is not None:
@@ -78,7 +83,12 @@ class ProcessGroup(Base):  # type: ignore[misc]
     def policy_changed(self) -> None:
         """Look at the group's policy again."""
         policy = groups.policy(self)
-        self._lossless = self.size() == 1 or (isinstance(policy, Policy) and policy.lossless)
+        rules: tuple[Rule, ...] = ()  # of "auto", which names no role
+        self._lossless = self._size == 1
+        if isinstance(policy, Policy):
+            rules = policy.rules
+            self._lossless |= policy.lossless
+        self._parameters = not self._lossless and any(r.role is Role.PARAMETER for r in rules)
         self._choices.clear()
 
     # Gradients.
@@ -133,12 +143,13 @@ class ProcessGroup(Base):  # type: ignore[misc]
 
     def reduce_scatter_single(self, output: Any, input: Any, opts: Any = None) -> Any:
         opts = spelled(c10d.ReduceScatterOptions, opts)
-        op = opts.reduceOp
-        if self._scatters(output, input) and is_sum(op):
-            return calls.reduce_scatter(self._route(input), output, input, op, opts.asyncOp)
-        if op == PREMUL_SUM:
-            (input,), opts = self._premultiplied([input], opts)
-        return self._under(REDUCE_SCATTER)(output, input, opts)
+        if input.is_floating_point():
+            op = opts.reduceOp
+            if self._scatters(output, input) and is_sum(op):
+                return calls.reduce_scatter(self._route(input), output, input, op, opts.asyncOp)
+            if op == PREMUL_SUM:
+                (input,), opts = self._premultiplied([input], opts)
+        return self._reduce_scatter(output, input, opts)
 
     def reduce_scatter_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
         opts = spelled(c10d.ReduceScatterOptions, opts)
@@ -160,7 +171,11 @@ class ProcessGroup(Base):  # type: ignore[misc]
         if isinstance(inputs, torch.Tensor):
             outputs, inputs = [outputs], [inputs]
         parts, x = outputs[0], inputs[0]
-        if self._parts(x, parts) and self._takes(PARAMETER, x.numel(), x, *parts):
+        if (
+            self._parameters
+            and self._parts(x, parts)
+            and self._takes(PARAMETER, x.numel(), x, *parts)
+        ):
             return calls.all_gather(self._route(x), parts, x, opts.asyncOp)
         return self.plain.allgather(outputs, inputs, opts)
 
@@ -168,7 +183,7 @@ class ProcessGroup(Base):  # type: ignore[misc]
         opts = spelled(c10d.AllgatherOptions, opts)
         if self._gathers(output, input):
             return calls.all_gather(self._route(input), output, input, opts.asyncOp)
-        return self._under(ALL_GATHER)(output, input, opts)
+        return self._all_gather(output, input, opts)
 
     def all_gather_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
         opts = spelled(c10d.AllgatherOptions, opts)
@@ -186,8 +201,10 @@ class ProcessGroup(Base):  # type: ignore[misc]
             opts = spelled(c10d.BroadcastOptions, None, timeout)
             opts.rootRank = root
         opts = spelled(c10d.BroadcastOptions, opts)
-        if len(tensors) == 1 and self._takes(PARAMETER, (x := tensors[0]).numel(), x):
-            return calls.broadcast(self._route(x), x, opts.rootRank, opts.asyncOp)
+        if self._parameters and len(tensors) == 1:
+            x = tensors[0]
+            if self._takes(PARAMETER, x.numel(), x):
+                return calls.broadcast(self._route(x), x, opts.rootRank, opts.asyncOp)
         return self.plain.broadcast(tensors, opts)
 
     # Activations.
@@ -249,34 +266,37 @@ class ProcessGroup(Base):  # type: ignore[misc]
 
     # Which calls are compressed.
 
-    def _takes(self, role: Role, numel: int | None, x: torch.Tensor, *others: torch.Tensor) -> bool:
+    def _takes(self, what: int, numel: int | None, x: torch.Tensor, *others: torch.Tensor) -> bool:
         """Whether a call on `numel` elements like those of `x` is compressed; None: on any."""
         if self._lossless or x.dtype not in CODED:
             return False
-        key = (role, numel, x.dtype, x.ndim, x.is_cuda)
+        key = (what, numel, x.dtype, x.ndim, x.is_cuda)
         taken = self._choices.get(key)
         if taken is None:
+            if is_exact():
+                return False
             if len(self._choices) >= MAX_CHOICES:
                 self._choices.clear()
-            taken = self._choices[key] = self._choose(role, numel, x)
+            taken = self._choices[key] = self._choose(what, numel, x)
         return taken and not is_exact() and all(self._dense(t, x) for t in (x, *others))
 
-    def _choose(self, role: Role, numel: int | None, x: torch.Tensor) -> bool:
-        policy = groups.policy(self)
+    def _choose(self, what: int, numel: int | None, x: torch.Tensor) -> bool:
+        if what == MESSAGE:
+            return p2p.is_compressed(self, x)
+        policy, role = groups.policy(self), ROLES[what]
         if isinstance(policy, str):  # "auto": what measuring finds, and it finds no role
-            if role is PARAMETER or (numel is not None and numel < EXACT_BELOW_NUMEL):
+            if numel is not None and numel < EXACT_BELOW_NUMEL:
                 return False
             policy = self._route(x).policy
-        ndim = x.ndim if x.ndim > 1 else None  # one dimension may be a flat buffer of anything
         if numel is None:
-            return any(
-                rule.role in (None, role) and not rule.scheme.lossless for rule in policy.rules
-            )
+            lossy = [rule for rule in policy.rules if not rule.scheme.lossless]
+            return any(rule.role in (None, role) for rule in lossy)
+        ndim = x.ndim if x.ndim > 1 else None  # one dimension may be a flat buffer of anything
         infos = [
             TensorInfo(None, numel, x.dtype, role, ndim, step)
             for step in {0, *(rule.from_step for rule in policy.rules)}
         ]
-        if role is PARAMETER:
+        if what == PARAMETER:
             infos = [info for info in infos if getattr(policy.rule(info), "role", None) is role]
         if any(not policy.choose(info).lossless for info in infos):
             return True
@@ -295,17 +315,19 @@ class ProcessGroup(Base):  # type: ignore[misc]
         )
 
     def _parts(self, x: torch.Tensor, parts: Sequence[torch.Tensor]) -> bool:
-        return len(parts) == self.size() and all(part.numel() == x.numel() for part in parts)
+        return len(parts) == self._size and all(part.numel() == x.numel() for part in parts)
 
     def _scatters(self, output: torch.Tensor, input: torch.Tensor) -> bool:
+        if self._lossless:
+            return False
         numel = input.numel()
-        return numel == self.size() * output.numel() and self._takes(GRADIENT, numel, input, output)
+        return numel == self._size * output.numel() and self._takes(GRADIENT, numel, input, output)
 
     def _gathers(self, output: torch.Tensor, input: torch.Tensor) -> bool:
+        if not self._parameters:
+            return False
         numel = input.numel()
-        return output.numel() == self.size() * numel and self._takes(
-            PARAMETER, numel, input, output
-        )
+        return output.numel() == self._size * numel and self._takes(PARAMETER, numel, input, output)
 
     # How they go on.
 
@@ -315,11 +337,9 @@ class ProcessGroup(Base):  # type: ignore[misc]
         return route
 
     def _message(self, verb: str, tensors: Any, peer: int | None, tag: int) -> Any:
-        if self._lossless or len(tensors) != 1 or not self._dense(tensors[0], tensors[0]):
+        if len(tensors) != 1 or not self._takes(MESSAGE, (x := tensors[0]).numel(), x):
             return None
-        if tensors[0].dtype not in CODED:
-            return None
-        return p2p.compressed(verb, self, tensors[0], peer, tag)
+        return p2p.compressed(verb, self, x, peer, tag)
 
     def _under(self, names: tuple[str, str]) -> Any:
         """The uncompressed call, which has another name since torch 2.13."""

@@ -27,8 +27,7 @@ def world(options: Any = None, backend: str = "commlib") -> Iterator[dist.Proces
     rank, size, store = dist.get_rank(), dist.get_world_size(), c10d._get_default_store()
     timeout = datetime.timedelta(seconds=30)
     dist.destroy_process_group()
-    world.count = getattr(world, "count", 0) + 1  # type: ignore[attr-defined]
-    store = dist.PrefixStore(f"world{world.count}", store)  # type: ignore[attr-defined]
+    store = dist.PrefixStore("next", store)  # which is inside the old one's
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=size, timeout=timeout, pg_options=options
     )
@@ -130,7 +129,10 @@ def operations_and_dtypes() -> None:
             for op in (OPS.SUM, OPS.AVG, OPS.PREMUL_SUM(0.25), OPS.MAX, OPS.MIN, OPS.PRODUCT):
                 if dtype is torch.int64 and op in (OPS.AVG, OPS.PREMUL_SUM(0.25)):
                     continue  # gloo refuses them, and so do we
-                xs = [(values(r, n) * (10 if dtype is torch.int64 else 1)).to(dtype) for r in range(size)]
+                xs = [
+                    (values(r, n) * (10 if dtype is torch.int64 else 1)).to(dtype)
+                    for r in range(size)
+                ]
                 found = verb(xs[dist.get_rank()].clone(), op)
                 expected = reference(torch.stack(xs), op)
                 assert_same_on_all_ranks(found)
@@ -251,7 +253,9 @@ def activations_are_compressed() -> None:
     sends, receives = counts[rank], [counts[s][rank] for s in range(size)]
     out = torch.empty(sum(receives), 48)
     dist.all_to_all_single(out, mine(sum(sends), 48), receives, sends)
-    near(out, torch.cat([values(s, sum(counts[s]), 48).split(counts[s])[rank] for s in range(size)]))
+    near(
+        out, torch.cat([values(s, sum(counts[s]), 48).split(counts[s])[rank] for s in range(size)])
+    )
 
 
 def what_is_not_compressed_is_passed_on() -> None:

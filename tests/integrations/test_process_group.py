@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from tests.integrations import backend_cases as cases
+from tests.integrations import backend_models as models
 from tests.processes import Pool
 
 pytestmark = pytest.mark.processes
@@ -21,6 +21,12 @@ def under(options: Any, *functions: Callable[[], None]) -> None:
         assert dist.get_backend() == "commlib"
         for function in functions:
             function()
+
+
+def each(*functions: Callable[[], None]) -> None:
+    """Run on this rank, in the gloo group that the pool made."""
+    for function in functions:
+        function()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -46,3 +52,32 @@ def test_moves_under_int8(pool: Pool) -> None:
 
 def test_parameters_by_a_rule_of_their_own(pool: Pool) -> None:
     pool.run(under, cases.PARAMETERS, cases.named_parameters_are_compressed, ranks=2)
+
+
+def test_torch_on_top(pool: Pool) -> None:
+    pool.run(
+        under,
+        "int8",
+        models.functional_collectives,
+        models.dtensors,
+        models.tensor_parallel,
+        models.checkpoints,
+        models.ddp_wrapped_as_well,
+        ranks=3,
+    )
+
+
+def test_fsdp_and_hsdp(pool: Pool) -> None:
+    pool.run(under, "int8", models.fsdp, ranks=4)
+
+
+def test_groups_of_a_gloo_world(pool: Pool) -> None:
+    pool.run(each, models.groups_of_ranks, models.meshes, ranks=4)
+
+
+def test_policy_of_a_new_group(pool: Pool) -> None:
+    pool.run(under, None, models.policy_is_found_and_changed, ranks=3)
+
+
+def test_ddp_and_a_world_made_again(pool: Pool) -> None:
+    pool.run(each, models.ddp_has_gloos_gradients, models.once_more, ranks=3)
