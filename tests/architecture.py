@@ -41,6 +41,7 @@ FLOORS = {
     "commlib.compressors": 4,
     "commlib.engine": 4,
     "commlib.planner": 4,
+    "commlib.planning": 4,
     "commlib.plans": 4,
     "commlib.reshard": 4,
     "commlib.runner": 4,

@@ -1,0 +1,294 @@
+"""Planning: from a call to the plan on which all ranks agree.
+
+A policy chooses a scheme for every tensor of a call; what suits neither the collective nor the
+residuals there are is refused, before anything is sent. The plan is kept: the next call like it
+finds it made and agreed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+
+from .carrier import Carrier
+from .collectives import hierarchical
+from .compressors import Compressors
+from .feedback import names_of
+from .hosts import digest, identity
+from .modes import OF_PIPELINES, Delta
+from .plans import Message, Plan, explicit, is_exact, segmented, single, why_raw
+from .policy import Policy, TensorInfo, raw
+from .scheme import AlgorithmConfig, Hierarchical, Role, Scheme, TwoPhase
+from .stamp import WIRE_VERSION
+from .telemetry import Meter
+from .topology import Ranks, columns_of, nodes_of
+from .traffic import Transport, check_tensor
+
+logger = logging.getLogger("commlib")
+
+# Characters of a policy, or of the ranks of all hosts, that plans are compared by; else a digest.
+SHOWN = 80
+# What else moves are values, not increments: yesterday's residual has no place there.
+INCREMENTS = ("all_reduce", "reduce_scatter")
+# What may travel as the difference to what all ranks hold.
+GATHER = "all_gather"
+
+
+class Planning:
+    """The part of an `Engine` that makes plans."""
+
+    policy: Policy
+    transport: Transport
+    seed: int
+    meter: Meter
+    nodes: tuple[Ranks, ...]
+    _auto: bool
+    _carrier: Carrier
+    _compressors: Compressors
+    _plans: dict[Any, Plan]
+    _steps: dict[str, int]
+    _eras: bool
+    _told: set[tuple[str, Scheme]]
+
+    @property
+    def rank(self) -> int:
+        """This rank within the group."""
+        return self.transport.rank
+
+    @property
+    def size(self) -> int:
+        """Ranks in the group."""
+        return self.transport.size
+
+    def _plan(
+        self,
+        op: str,
+        x: torch.Tensor,
+        key: str | None,
+        role: Role,
+        scheme: str | Scheme | None,
+        detail: int | None = None,
+    ) -> Plan:
+        """The plan of a call on one tensor, agreed. `detail`: what else tells calls apart."""
+        check_tensor(op, x, self.transport.device)
+        # unequal parts have sizes of their own on every rank
+        numel = 0 if op == "all_to_all of parts" else x.numel()
+        era = self._era((key or op,))
+        id_ = (op, key, numel, x.dtype, x.ndim > 1, role, scheme, is_exact(), era, detail)
+        plan = self._plans.get(id_)
+        if plan is not None:
+            return plan
+        if scheme is not None:
+            chosen = explicit(scheme, key, x.dtype, role)
+        elif is_exact():
+            chosen = raw()
+        else:
+            # one dimension may be a vector or any flat buffer
+            ndim = x.ndim if x.ndim > 1 else None
+            chosen = self._choose(TensorInfo(key, numel, x.dtype, role, ndim, era))
+            chosen = _suited(op, chosen)
+        _check_memory(op, chosen)
+        if op != "all_reduce":
+            chosen = self._flat(op, chosen)
+        plan = single(op, chosen, key, numel, x.dtype)
+        if detail is not None:
+            plan.text["detail"] = detail
+        self._adopt(id_, plan)
+        return plan
+
+    def _segments(
+        self,
+        op: str,
+        x: torch.Tensor,
+        keys: tuple[str, ...],
+        sizes: tuple[int, ...],
+        ndims: tuple[int, ...] | None,
+        numels: tuple[int, ...] | None,
+        role: Role,
+        rows: int = 0,
+    ) -> Plan:
+        """The plan of a call on named segments of `x`, agreed.
+
+        rows: how often `x` has them, for reduce_scatter.
+        """
+        check_tensor(op, x, self.transport.device)
+        plain, era = is_exact(), self._era(keys)
+        id_ = (op, keys, sizes, numels, x.dtype, role, plain, era)
+        plan = self._plans.get(id_)
+        if plan is not None:
+            return plan
+        if len(keys) != len(sizes) or sum(sizes) * max(1, rows) != x.numel():
+            each = f" in each of {rows} rows" if rows else ""
+            raise ValueError(
+                f"{op}_segments: {len(keys)} keys, {len(sizes)} sizes adding up to {sum(sizes)}"
+                f"{each}, a tensor of {x.numel()} elements; they must fit"
+            )
+        if len(set(keys)) != len(keys):
+            raise ValueError(f"{op}_segments: a key names one tensor, got {keys}")
+        # What was measured is messages, so under "auto" the size of the message decides.
+        numels = numels or tuple(n * max(1, rows) for n in sizes)
+        facts = zip(keys, numels, ndims or (None,) * len(keys), strict=True)
+        infos = [
+            TensorInfo(k, x.numel() if self._auto else n, x.dtype, role, d, era)
+            for k, n, d in facts
+        ]
+        schemes = [raw() if plain else self._choose(info) for info in infos]
+        schemes = [_suited(op, scheme) for scheme in schemes]
+        for scheme in schemes:
+            _check_memory(op, scheme)
+        if op != "all_reduce":
+            schemes = [self._flat(op, scheme) for scheme in schemes]
+        # Under a policy that compresses, raw segments are added in rank order like the others.
+        own = plain or self.policy.lossless or self._auto or op not in INCREMENTS
+        own = own and all(scheme.lossless for scheme in schemes)
+        exactly = self._exactly() if op == "all_reduce" else None
+        plan = segmented(
+            op, keys, sizes, schemes, x.dtype, lossless=own, exactly=exactly, rows=rows
+        )
+        self._adopt(id_, plan)
+        return plan
+
+    def _adopt(self, id_: Any, plan: Plan) -> None:
+        """Agree on a new plan and keep it. ValueError where residuals would not fit it."""
+        self._carrier.refuse(plan)
+        policy = str(self.policy)
+        if self._auto:
+            policy = "auto"  # measured together, and measured with another one
+        elif len(policy) > SHOWN:
+            policy = self.policy.digest()
+        text = {"op": plan.op, "key": plan.label, **plan.text}
+        text |= {"policy": policy, "seed": self.seed, "wire": WIRE_VERSION}
+        text["COMMLIB_CHECK"] = self._carrier.checking
+        if any(message.hierarchical for message in plan.messages):
+            nodes = self._find_nodes(text)
+            text["nodes"] = nodes if len(nodes) <= SHOWN else digest(nodes)
+        refused: ValueError | None = None
+        for message in plan.messages:
+            try:
+                self._ready(message)
+            except ValueError as error:
+                if not message.hierarchical:  # there all ranks refuse alike
+                    raise
+                refused, text["refused"] = error, str(error)
+        self._carrier.agree(text)
+        if refused is not None:
+            raise refused
+        self._plans[id_] = plan
+
+    def _find_nodes(self, text: dict[str, Any]) -> str:
+        """Ask all ranks once which hosts they are on, with a first plan on which they agree."""
+        if not self.nodes:
+            nodes = nodes_of(self._carrier.tell(text, identity()))
+            if 1 < len(nodes) < self.size:
+                self._carrier.divide([*nodes, *columns_of(nodes)])
+            logger.info("the %d ranks by host: %s", self.size, nodes)
+            self.nodes = nodes
+        return str(self.nodes)
+
+    def _ready(self, message: Message) -> None:
+        """Make the compressors of a message; ValueError where their residuals do not fit it."""
+        compressor, share = self._compressors.of(message.scheme), message.layout
+        self._options(message)
+        if message.hierarchical:
+            mine = hierarchical.owned(share, message.scheme, self.nodes, self.rank)
+            if mine is None:
+                self._check_hosts(message)
+                return
+            share = mine
+        compressor.check(message.key, share)
+
+    def _check_hosts(self, message: Message) -> None:
+        """Say where there is nothing between hosts to compress."""
+        if len(self.nodes) == 1 < self.size and message.scheme.codec.id != "fp32":
+            reason = f"under {message.name}, and all {self.size} ranks of the group are on one host"
+            for name in names_of(message.key) or (None,):
+                self.meter.not_compressed(name, reason)
+
+    def _flat(self, op: str, scheme: Scheme) -> Scheme:
+        """The scheme of a collective other than all_reduce, none of which knows hosts."""
+        flat = scheme.flat()
+        if flat != scheme and (op, scheme) not in self._told:
+            self._told.add((op, scheme))
+            if self.rank == 0:
+                logger.warning(
+                    "%s knows no hosts: under %s it goes as %s, between all ranks alike",
+                    op, scheme, flat,
+                )  # fmt: skip
+        return flat
+
+    def _choose(self, info: TensorInfo) -> Scheme:
+        scheme = self.policy.choose(info)
+        if scheme.lossless:
+            reason = why_raw(self.policy, info)
+            if reason is not None:
+                self.meter.not_compressed(info.key, reason)
+        return scheme
+
+    def _exactly(self) -> AlgorithmConfig | None:
+        """How values that stay exact are summed beside compressed ones: in one order, whichever
+        those of their bucket are."""
+        configs = [rule.scheme.algorithm for rule in self.policy.rules]
+        return next((Hierarchical() for c in configs if isinstance(c, Hierarchical)), None)
+
+    def _era(self, keys: tuple[str, ...]) -> int:
+        """The policy's era for the next message of `keys`, which it counts."""
+        if not self._eras:
+            return 0
+        if self._carrier.capturing():
+            raise RuntimeError(
+                "the policy changes with the number of calls (from_step), which a CUDA graph does "
+                "not count; capture under a policy without"
+            )
+        step = max(self._steps.get(key, 0) for key in keys)
+        for key in keys:
+            self._steps[key] = step + 1
+        return self.policy.era(step)
+
+    def _factor(self, factor: float | str, x: torch.Tensor) -> float:
+        if isinstance(factor, str):
+            if factor not in ("sum", "avg"):
+                raise ValueError(f"factor is {factor!r}; allowed: a number, 'sum' or 'avg'")
+            factor = 1.0 if factor == "sum" else 1.0 / self.size
+        if not math.isfinite(factor):
+            raise ValueError(f"factor is {factor}, it must be finite")
+        if factor != 1.0 and not (x.is_floating_point() or x.is_complex()):
+            raise ValueError(f"factor {factor} needs a floating tensor, got {x.dtype}; use 'sum'")
+        return float(factor)
+
+    def _options(self, message: Message) -> dict[str, Any]:
+        """What the algorithm of a message takes beyond what all take."""
+        config = message.scheme.algorithm
+        if isinstance(config, TwoPhase):
+            return {"back": self._compressors.back(message.scheme), "slices": config.slices}
+        if isinstance(config, Hierarchical):
+            inner = hierarchical.inside(config.inner, message.layout.dtype)
+            return {
+                "nodes": self.nodes,
+                "inner": self._compressors.plain(inner),
+                "slices": config.slices,
+            }
+        return {}
+
+
+def _suited(op: str, scheme: Scheme) -> Scheme:
+    """What a policy chose, for what `op` moves: increments have residuals, values do not."""
+    if op in INCREMENTS or (op == GATHER and isinstance(scheme.feedback, Delta)):
+        return scheme
+    return scheme.stateless()
+
+
+def _check_memory(op: str, scheme: Scheme) -> None:
+    """Refuse memories that no message of `op` has (ValueError)."""
+    memory = scheme.feedback
+    if not isinstance(memory, OF_PIPELINES) or (op == GATHER and memory == Delta()):
+        return
+    if op == GATHER and isinstance(memory, Delta):
+        raise ValueError(
+            f"{scheme}: all ranks hold what was gathered, where the tensors are; the options of "
+            "delta are for samples between pipeline stages: leave them out"
+        )
+    better = f"{scheme.codec}+ef" if op in INCREMENTS else scheme.codec
+    raise ValueError(f"{scheme}: {op} has no memory such as {memory.id}; use {better}")
