@@ -36,6 +36,7 @@ def channel(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
 
     Raises:
         ValueError: this process is not in the group.
+        RuntimeError: not all ranks came within the group's timeout.
     """
     group = group or dist.group.WORLD
     if not isinstance(group, dist.ProcessGroup):
@@ -43,16 +44,24 @@ def channel(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
     ranks = dist.get_process_group_ranks(group)
     number = _opened[group] = _opened.get(group, 0) + 1  # by group: its ranks count alike
     name = f"{group.group_name}/commlib{number}"
-    opened, _ = c10d._new_process_group_helper(
-        group.size(),
-        group.rank(),
-        ranks,
-        dist.Backend(_backend(group)),
-        c10d._get_process_group_store(group),
-        name,
-        timeout=_timeout(group),
-        group_desc="commlib",
-    )
+    timeout = _timeout(group)
+    try:
+        opened, _ = c10d._new_process_group_helper(
+            group.size(),
+            group.rank(),
+            ranks,
+            dist.Backend(_backend(group)),
+            c10d._get_process_group_store(group),
+            name,
+            timeout=timeout,
+            group_desc="commlib",
+        )
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"rank {group.rank()} of {group.size()} found no connections for the group's "
+            f"compressed calls: as a rule, not all ranks came to the first of them within "
+            f"{timeout.total_seconds():g} s. {error}"
+        ) from error
     c10d._world.pg_group_ranks[opened] = {rank: place for place, rank in enumerate(ranks)}
     result: dist.ProcessGroup = opened
     _channels.add(result)
