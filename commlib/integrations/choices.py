@@ -31,7 +31,8 @@ MAX_CHOICES = 4096
 class Choices:
     """The choices of one group, until its policy changes (`renew`).
 
-    lossless: nothing is ever compressed. parameters: some rule of the policy names them.
+    lossless: nothing is ever compressed. parameters: some rule of the policy names them. held:
+    nothing is, for now.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -39,6 +40,7 @@ class Choices:
         self._size = group.size()
         self._devices = frozenset(backends(group))
         self._made: dict[Any, bool] = {}
+        self.held = False
         self.renew()
 
     def renew(self) -> None:
@@ -61,12 +63,13 @@ class Choices:
         key = (what, numel, x.dtype, x.ndim, x.is_cuda)
         taken = self._made.get(key)
         if taken is None:
-            if is_exact():
+            if is_exact() or self.held:
                 return False
             if len(self._made) >= MAX_CHOICES:
                 self._made.clear()
             taken = self._made[key] = self._choose(what, numel, x)
-        return taken and not is_exact() and all(self._dense(t, x) for t in (x, *others))
+        now = taken and not is_exact() and not self.held
+        return now and all(self._dense(t, x) for t in (x, *others))
 
     def take_parts(
         self, what: int, numel: int, x: torch.Tensor, parts: Sequence[torch.Tensor]

@@ -15,6 +15,10 @@ without names, so nothing is remembered of them: no error feedback.
 Whether a call is compressed depends on the policy, dtype and numbers of elements, which all ranks
 share. What is, goes through the group's communicator (`groups`), on CPU over connections of its
 own. After a failure there, compressed calls raise and say why; the others go on.
+
+On NCCL, torch 2.13 launches the ops of `batch_isend_irecv` together only for groups of its own
+class, and one by one on this: sends and receives of large tensors may then block each other. Leave
+the pipeline's dimension of a mesh to NCCL (`backend_override`), and wrap its schedule instead.
 """
 
 from __future__ import annotations
@@ -241,6 +245,14 @@ class ProcessGroup(Base):  # type: ignore[misc]
     def barrier(self, *args: Any, **named: Any) -> Any:
         groups.flush(self)  # gloo's waits for what was called before it
         return self.plain.barrier(*args, **named)
+
+    def _start_coalescing(self, device: torch.device) -> None:
+        super()._start_coalescing(device)
+        self.choices.held = True  # nothing is launched before the end, and ours would wait for it
+
+    def _end_coalescing(self, device: torch.device) -> Any:
+        self.choices.held = False
+        return super()._end_coalescing(device)
 
     def shutdown(self) -> None:
         groups.stop(self)
