@@ -58,18 +58,39 @@ def test_wheel_holds_both_packages_and_no_tests(wheel: Path) -> None:
     assert any(name.endswith("/licenses/LICENSE") for name in names)
 
 
-def test_installed_wheel_imports_beside_the_real_kernels_package(
-    wheel: Path, tmp_path: Path
-) -> None:
-    site = tmp_path / "site"
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder it is installed in."""
+    tmp = tmp_path_factory.mktemp("installed")
     pip = ("-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps")
-    python(*pip, "--target", str(site), str(wheel), cwd=tmp_path, path=site)
+    python(*pip, "--target", str(tmp / "site"), str(wheel), cwd=tmp, path=tmp / "site")
+    return tmp / "site"
+
+
+def test_installed_wheel_imports_beside_the_real_kernels_package(
+    site: Path, tmp_path: Path
+) -> None:
     (site / "kernels").mkdir()
     (site / "kernels" / "__init__.py").write_text(REAL_KERNELS)
     packages = ["commlib", "commlib_kernels", "kernels"]
     program = "".join(f"import {name}; print({name}.__file__)\n" for name in packages)
     files = python("-c", program, cwd=tmp_path, path=site).splitlines()
     assert files == [str(site / name / "__init__.py") for name in packages]
+
+
+def test_torch_knows_the_backend_of_an_installed_wheel(site: Path, tmp_path: Path) -> None:
+    """In a script that imports nothing of commlib."""
+    program = """
+import sys, torch, torch.distributed as dist
+home = sys.modules["commlib"].__file__
+assert not {"commlib.communicator", "numba"} & sys.modules.keys()
+dist.init_process_group("commlib", store=dist.HashStore(), rank=0, world_size=1)
+dist.all_reduce(torch.ones(3))
+print(dist.get_backend(), home)
+dist.destroy_process_group()
+"""
+    said = python("-c", program, cwd=tmp_path, path=site)
+    assert said == f"commlib {site / 'commlib' / '__init__.py'}\n"
 
 
 def test_real_kernels_package_wins_in_a_checkout(tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ TORCH = "torch.distributed"
 class Options:
     """What `pg_options` of a commlib group may say; a policy alone will do as well.
 
+    A group that is made without takes those of the default group, if that is a commlib group.
+
     Args:
         policy: scheme text, `Policy`, table, path of a policy file, or "auto": measure the group
             and compress where it is faster; None: COMMLIB_POLICY, else "auto".

@@ -33,13 +33,17 @@ def channel(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
 
     Raises:
         ValueError: this process is not in the group.
+        RuntimeError: not all ranks came within the group's timeout.
     """
     group = group or dist.group.WORLD
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError("this process is not a member of the group it was given")
     # A store may outlive its ranks (see agreement.py): gloo would look for those before them.
     meeting = Agreement(TorchTransport(group, device="cpu"), _timeout(group).total_seconds())
-    mark = meeting.meet("opening a channel")
+    try:
+        mark = meeting.meet("opening connections for compressed calls")
+    except TimeoutError as error:
+        raise RuntimeError(str(error)) from error
     opened = open_group(group, range(group.size()), _backend(group), _timeout(group), mark)
     _channels.add(opened)
     return opened

@@ -55,8 +55,8 @@ def set_policy(group: dist.ProcessGroup, source: Source) -> None:
     _policies[group] = parsed
     _meters.pop(group, None)
     _told.discard(group)
-    if hasattr(group, "policy_changed"):  # a group of the backend commlib
-        group.policy_changed()
+    if hasattr(group, "choices"):  # a group of the backend commlib
+        group.choices.renew()
 
 
 def set_seed(group: dist.ProcessGroup, seed: int) -> None:

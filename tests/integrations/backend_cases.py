@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.distributed import distributed_c10d
 
 import commlib
 from commlib.integrations import groups
-from tests.integrations.ddp_cases import assert_same_on_all_ranks, relative
+from tests.integrations.ddp_cases import assert_same_on_all_ranks, raises, relative
 
 N = 4096
 INT8 = 0.02  # relative error of a sum under int8, at most: (1 + W) / (2 * 127) of a block's maximum
@@ -341,3 +342,36 @@ def works_are_torchs() -> None:
     near(xs[0], total(64, 64))
     near(xs[1], total(16), lossy=False)
     near(xs[2], 2 * total(64, 64))
+
+
+def failures() -> None:
+    """torch's errors come out as they are; commlib's name ranks and leave other calls alone."""
+    rank = dist.get_rank()
+    x = mine(N)
+    raises(RuntimeError, "Cannot use ReduceOp.BAND")(lambda: dist.all_reduce(x, OPS.BAND))
+    raises(RuntimeError, "PREMUL_SUM")(
+        lambda: dist.all_reduce(torch.arange(N), OPS.PREMUL_SUM(2.0))
+    )
+    raises(ValueError, "contiguous")(
+        lambda: dist.all_to_all_single(torch.empty(64, 64), mine(64, 64).t())
+    )
+    options = commlib.Options("int8" if rank else "int4")
+    group = dist.new_group(pg_options=options)
+    raises(RuntimeError, "ranks disagree", "int4", "int8")(
+        lambda: dist.all_reduce(mine(N), group=group)
+    )
+    dist.destroy_process_group(group)
+    for met in (False, True):  # before that
+        group = dist.new_group(pg_options=commlib.Options("int8", timeout=3.0))
+        if met:
+            dist.all_reduce(mine(N), group=group)
+        if rank == 0:
+            call = partial(dist.all_reduce, mine(2 * N), group=group)
+            raises(RuntimeError, "no word from rank 1", "within 3 s")(call)
+            if met:
+                raises(RuntimeError, "takes no more calls")(call)
+        dist.barrier()
+        x = torch.ones(3)
+        dist.all_reduce(x, group=group)  # not compressed
+        assert x.tolist() == [2.0] * 3
+        dist.destroy_process_group(group)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
+import weakref
 from typing import Any
 
 import torch
@@ -296,3 +298,8 @@ def once_more() -> None:
                 assert len(c10d._world.pg_map) == 2  # the group, and its communicator's channel
         finally:
             dist.set_debug_level(dist.DebugLevel.OFF)
+    gone = weakref.ref(group)
+    dist.destroy_process_group()
+    del group
+    gc.collect()
+    assert gone() is None  # else gloo's threads abort the process at its end

@@ -81,3 +81,7 @@ def test_policy_of_a_new_group(pool: Pool) -> None:
 
 def test_ddp_and_a_world_made_again(pool: Pool) -> None:
     pool.run(each, models.ddp_has_gloos_gradients, models.once_more, ranks=3)
+
+
+def test_failures(pool: Pool) -> None:
+    pool.run(under, "int8", cases.failures, ranks=2)
