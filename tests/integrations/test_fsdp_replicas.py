@@ -13,6 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import commlib
 from tests.integrations.fsdp_cases import (
+    PATIENCE,
     Net,
     equal,
     gradients,
@@ -130,4 +131,5 @@ def test_replicas(pool: Pool) -> None:
         only_the_replicas_are_compressed,
         partial_sums_wait_for_the_last_microbatch,
         the_mesh_stays_the_users,
+        timeout=PATIENCE,
     )
