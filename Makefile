@@ -24,7 +24,7 @@ loss: $(VENV)/.installed-plot      ## what each scheme costs in held-out loss, p
 	$(BIN)/commlib demo --loss --seeds 3 $(ARGS)
 
 # Two at a time: the tests wait for peers and timeouts half of their time.
-test: $(VENV)/.installed-dev
+test: $(VENV)/.warm
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
 
 lint: $(VENV)/.installed-dev
@@ -56,6 +56,11 @@ faults: $(VENV)/.installed-dev     ## kill peers at random moments, 200 times: n
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@
+
+# With an empty cache every rank of a test would compile the CPU kernels for itself.
+$(VENV)/.warm: $(VENV)/.installed-dev $(shell find kernels -name '*.py')
+	$(BIN)/commlib warmup
 	touch $@
 
 $(BIN)/python:

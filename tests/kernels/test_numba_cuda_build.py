@@ -4,34 +4,63 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import subprocess
 import sys
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 
+from bench.compile_matrix import ARCHITECTURES, SAME_PTX, retargeted
 from commlib.codecs import codec
 from commlib_kernels import Layout, Memory, Tag, launch, nbytes, numba_cuda
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
 
-@pytest.mark.skipif(SIMULATED, reason="the simulator compiles nothing")
-@pytest.mark.parametrize("cc", [(7, 5), (9, 0), (12, 0)], ids=str)
-def test_kernels_compile_and_fuse_nothing(cc: tuple[int, int]) -> None:
-    """No fused multiply-add, which rounds once where the byte contract rounds twice."""
-    pytest.importorskip("numba_cuda")
+@cache
+def texts(arch: int) -> dict[str, str]:
+    """PTX of int8's kernels by name; not of all where another architecture's text stands for it."""
     from commlib_kernels.numba_cuda import build
 
-    ops = ("quantize", "dequantize", "reduce", "reduce_residual")
-    found = dict(build.of_format("int8", build.FORMATS["int8"], cc, ops))
+    ops: tuple[str, ...] = ("quantize", "dequantize")
+    if arch not in SAME_PTX:
+        ops += "reduce", "reduce_residual"
+    found = dict(build.of_format("int8", build.FORMATS["int8"], divmod(arch, 10), ops))
     assert list(found) == [f"int8.{op}" for op in ops]
-    for name, ptx in found.items():
-        assert f".target sm_{cc[0]}{cc[1]}" in ptx, name
-        assert ".visible .entry" in ptx, name
-        assert "fma." not in ptx, name
-        assert ".local" not in ptx, f"{name}: an array of a unit is not in registers"
+    return found
+
+
+def unnumbered(ptx: str) -> list[str]:
+    """The lines, with kernels called by what they are: Numba counts in their names what it did."""
+    (kernel,) = re.findall(r"\.visible \.entry (\w+)\(", ptx)
+    return ptx.replace(kernel, "kernel").replace(kernel.removeprefix("_ZN"), "kernel").splitlines()
+
+
+@pytest.mark.skipif(SIMULATED, reason="the simulator compiles nothing")
+class TestCompiling:
+    @pytest.fixture(autouse=True)
+    def _compiler(self) -> None:
+        pytest.importorskip("numba_cuda")
+
+    @pytest.mark.parametrize("arch", ARCHITECTURES)
+    def test_no_fused_multiply_add(self, arch: int) -> None:
+        """It rounds once where the byte contract rounds twice."""
+        for name, ptx in texts(arch).items():
+            assert f".target sm_{arch}\n" in ptx, name
+            assert ".visible .entry" in ptx, name
+            assert "fma." not in ptx, name
+            assert ".local" not in ptx, f"{name}: an array of a unit is not in registers"
+
+    @pytest.mark.parametrize("arch", SAME_PTX)
+    def test_one_text_serves_several_architectures(self, arch: int) -> None:
+        """Or `make compile-matrix` would look at kernels that nobody runs."""
+        source = SAME_PTX[arch]
+        for name, ptx in texts(arch).items():
+            expected = retargeted(texts(source)[name], source, arch)
+            assert unnumbered(expected) == unnumbered(ptx), name
 
 
 @pytest.mark.skipif(SIMULATED, reason="the simulator is a device")

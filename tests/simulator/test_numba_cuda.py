@@ -10,8 +10,8 @@ meets a choice of residuals and kinds of data, not all of them. On GPUs tests/ke
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
 
 from commlib.codecs import codec
 from commlib_kernels import Format, Layout, nbytes, numba_cuda, reference
+from commlib_kernels.numba_cuda import simulated
 from tests.contract import (
     CODECS,
     DTYPES,
@@ -35,15 +36,6 @@ from tests.contract import (
 )
 
 RATES = ((1.0, 1.0, 1.0), (0.2, 0.9, 1.0), (1.0, 1.0, 0.75))
-
-
-@pytest.fixture(autouse=True)
-def quick_threads() -> Iterator[None]:
-    """Lanes wait for each other at barriers: let them take turns often."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(before)
 
 
 def choice(format_index: int, dtype_index: int) -> tuple[str, str, tuple[float, ...], tuple[int]]:
@@ -134,6 +126,38 @@ def test_a_step_on_the_device() -> None:
 def test_warmup_and_ready() -> None:
     numba_cuda.ready()
     numba_cuda.warmup(codec("ternary:block=tensor").format)
+
+
+class TestABlockOfLanes:
+    """What runs the kernels here is ours: see simulated.py."""
+
+    @staticmethod
+    def launch(function: Callable[[], None]) -> None:
+        simulated.kernel(function, None, 1)[2, simulated.THREADS]()
+
+    def test_meets_and_sees_all_values(self) -> None:
+        seen: list[list[int]] = []
+
+        def meet() -> None:
+            seen.append([simulated._all(turn * simulated.lane()) for turn in (1, 2)][1])
+
+        self.launch(meet)
+        assert seen == [[2 * lane for lane in range(32)]] * 64
+
+    def test_that_fails_says_why_and_nobody_waits(self) -> None:
+        def fail() -> None:
+            if simulated.lane() == 31:
+                raise LookupError("lane 31 is lost")
+            simulated._all(0)
+
+        with pytest.raises(LookupError, match="lane 31 is lost"):
+            self.launch(fail)
+
+    def test_that_does_not_meet_is_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """On a GPU a shuffle without all lanes is undefined."""
+        monkeypatch.setattr(simulated, "MEET_SECONDS", 0.3)
+        with pytest.raises(threading.BrokenBarrierError):
+            self.launch(lambda: simulated.lane() and simulated._all(0))
 
 
 def test_a_wrong_rounding_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

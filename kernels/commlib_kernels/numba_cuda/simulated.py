@@ -2,6 +2,9 @@
 
 The simulator has neither shuffles nor raw pointers. A block is one warp here, and blocks run one
 after the other: a list of 32 values and a barrier are all that lanes need to meet.
+
+Numba's own block asks every lane again and again whether it waits, and takes more time than they
+do. Here it sleeps until they have ended.
 """
 
 import ctypes
@@ -13,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from numba import cuda
+from numba.cuda.simulator import kernel as simulator
 
 Function = Callable[..., Any]
 
@@ -192,16 +196,57 @@ def bytes4(a: Any, b: Any, c: Any, d: Any) -> Any:
 
 # ---- lanes --------------------------------------------------------------------------------------
 
-_board: list[Any] = [None] * 32
+MEET_SECONDS = 100.0
+"""A lane that has not come by then never will: it took another branch than the others."""
+
+
+class Block:
+    """The lanes of a block while they run, in the place of Numba's BlockManager."""
+
+    def __init__(
+        self, function: Function, grid: tuple[int, ...], block: tuple[int, ...], debug: bool
+    ) -> None:
+        self.function, self.debug = function, debug
+        self._grid_dim, self._block_dim = grid, block  # as Numba's threads spell them
+        self.board: list[Any] = [None] * math.prod(block)
+        self.barrier = threading.Barrier(len(self.board), timeout=MEET_SECONDS)
+
+    def run(self, place: tuple[int, ...], *args: Any) -> None:
+        """Raise what a lane raised, when all have ended."""
+
+        def lane() -> None:
+            try:
+                self.function(*args)
+            except BaseException:
+                self.barrier.abort()  # or the others would wait for this one
+                raise
+
+        lanes = [
+            simulator.BlockThread(lane, self, place, point, self.debug)
+            for point in np.ndindex(*self._block_dim)
+        ]
+        for thread in lanes:
+            thread.start()
+        for thread in lanes:
+            thread.join()
+        raised = [thread.exception for thread in lanes if thread.exception]
+        # a broken barrier is what the others saw of it
+        raised.sort(key=lambda found: isinstance(found[0], threading.BrokenBarrierError))
+        for error, traceback in raised:
+            raise error.with_traceback(traceback)
+
+
+simulator.BlockManager = Block
 
 
 def _all(value: Any) -> list[Any]:
     """What all lanes bring to this call."""
     thread: Any = threading.current_thread()
-    _board[thread.threadIdx.x] = value
-    thread.syncthreads()
-    values = list(_board)
-    thread.syncthreads()
+    block: Block = thread._manager
+    block.board[thread.threadIdx.x] = value
+    block.barrier.wait()
+    values = list(block.board)
+    block.barrier.wait()
     return values
 
 
