@@ -12,7 +12,7 @@ GPU_PYTHON ?= python3
 CHECKS ?=
 BENCHES ?=
 
-.PHONY: demo demo-pipeline test lint bench loss faults compile-matrix test-cuda gpu gpu-check gpu-bench clean
+.PHONY: demo demo-pipeline test test-faults lint bench loss faults compile-matrix test-cuda gpu gpu-check gpu-bench clean
 
 demo: $(VENV)/.installed-plot      ## four emulated hosts train a small GPT: plain DDP, bf16, int8+ef, int4+ef
 	$(BIN)/commlib demo $(ARGS)
@@ -26,6 +26,9 @@ loss: $(VENV)/.installed-plot      ## what each scheme costs in held-out loss, p
 # Two at a time: the tests wait for peers and timeouts half of their time.
 test: $(VENV)/.warm
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
+
+test-faults: $(VENV)/.installed-dev  ## links cut, ranks stopped and killed, disks filled: an error, then the same losses
+	$(BIN)/python -m pytest tests/faults $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
