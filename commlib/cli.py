@@ -37,7 +37,7 @@ slowest rank's from a barrier. The first rows are the library's own collective i
 no-op (a barrier) and the bare link (all_to_all_single of uint8).
 
 With RANK set (torchrun, srun) it joins that job; otherwise it starts its own ranks, each on an
-emulated host where --rate is given.
+emulated host where --rate is given, or several on each of --hosts.
 
   size, sent   bytes of the whole fp32 tensor; bytes one rank sends (KiB, MiB: powers of 1024)
   algbw        size / time; busbw = algbw x what fp32 must send / size; GB/s = 1e9 bytes/s
@@ -45,11 +45,14 @@ emulated host where --rate is given.
   speed-up     p50 of the library's fp32 collective / p50
   time ratio   median of the ratios to the library's fp32 in the same round, 95% interval
   wire eff     bytes sent / line rate / p50
+  host sent    where ranks share hosts: bytes that leave the busiest one, headers and all, as its
+               interface counts them; then these are what `wire eff` is of
 
 examples:
   commlib bench all_reduce --schemes fp32,bf16,int8+ef,int4+ef --min 64KiB --max 64MiB \\
       --ranks 4 --rate 1gbit --json rows.jsonl
   commlib bench all_reduce --schemes auto --min 4KiB --max 16MiB --rate 100mbit
+  commlib bench all_reduce --schemes int4+ef,int4+ef@hierarchical --ranks 4 --hosts 2 --rate 1gbit
   torchrun --nnodes 2 --nproc-per-node 1 ... -m commlib.cli -- bench all_reduce --rate 10gbit
 """
 _PAIRS = """\
@@ -138,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if args.command == "bench" and args.op != "codecs" and args.min > args.max:
         top.error(f"--min {args.min} is larger than --max {args.max} (bytes)")
+    if args.command == "bench" and args.op != "codecs" and (args.hosts or 0) > args.ranks:
+        top.error(f"--hosts {args.hosts} is more than --ranks {args.ranks}: every host runs a rank")
     if args.command == "bench" and args.op == PAIRS:
         with_memory = [scheme for scheme in args.schemes if "+" in scheme]
         if with_memory:
@@ -184,6 +189,7 @@ def _collective_options(
     add("--max", _size, 64 << 20, "SIZE", "largest size", shown="64MiB")
     add("--factor", _positive, 4, "N", "from one size to the next")
     add("--ranks", _positive, ranks, "N", "ranks to start")
+    add("--hosts", _positive, None, "N", "emulated hosts for them", shown="one for each, or none")
     rate = "line rate of every host, such as 200mbit; where ranks are joined only for `wire eff`"
     add("--rate", _rate, None, "RATE", rate, shown="no limit")
     add("--iters", _positive, None, "N", "rounds per size", shown="what --budget fits")

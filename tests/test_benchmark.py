@@ -12,7 +12,7 @@ import torch
 
 from commlib.benchmark.codecs import CodecBench
 from commlib.benchmark.codecs import run as run_codecs
-from commlib.benchmark.collectives import Bench, sizes_between
+from commlib.benchmark.collectives import Bench, _interface, sizes_between
 from commlib.benchmark.contestants import COLLECTIVES, OPS, PAIRS, Buffers
 from commlib.benchmark.rows import CodecRow, Row, codec_table, origin, table, write_jsonl
 from commlib.benchmark.timing import (
@@ -199,6 +199,24 @@ def test_a_table_shows_what_applies_and_a_dash_where_nothing_does() -> None:
     assert "auto (int8)" in text
     assert "0.500 [0.400, 0.600]" in text
     assert "64KiB" in text
+
+
+def test_where_ranks_share_hosts_the_table_shows_what_leaves_one() -> None:
+    assert "host sent" not in table([row()])
+    text = table([row(host_bytes=2 << 20), row()])
+    assert "host sent" in text
+    assert "2MiB" in text
+
+
+def test_only_ranks_that_share_a_host_count_its_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for ranks, expected in (("1", None), ("2", "eth7"), ("4", None)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert _interface() == expected
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert _interface() is None
 
 
 def test_json_never_holds_a_nan(tmp_path: Path) -> None:

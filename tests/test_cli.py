@@ -79,6 +79,7 @@ def test_help_needs_no_torch() -> None:
         (("bench", "all_reduce", "--schemes", "int4+ef,int99"), "int99"),
         (("bench", "all_reduce", "--schemes", "ternary+ef"), "ternary"),
         (("bench", "all_reduce", "--ranks", "0"), "at least 1"),
+        (("bench", "all_reduce", "--ranks", "2", "--hosts", "3"), "--hosts 3 is more than --ranks"),
         (("bench", "all_reduce", "--min", "2MiB", "--max", "1MiB"), "larger than --max"),
         (("bench", "send_recv", "--schemes", "int8,int4+ef"), "int4+ef: messages have no memory"),
         (("bench", "send_recv", "--ranks", "1"), "pairs of ranks, at least 2"),
@@ -133,6 +134,31 @@ def test_where_hosts_cannot_be_emulated_it_says_so_and_uses_loopback(
     assert seen[1] is None
     assert "--rate" not in seen[0]  # type: ignore[operator]
     assert "loopback" in seen[0]  # type: ignore[operator]
+
+
+def test_ranks_share_the_hosts_that_were_asked_for_or_nothing_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[object] = []
+
+    def spawn(argv: list[str], ranks: int, **options: object) -> int:
+        seen.extend([argv, ranks, options["hosts"], options["rate"]])
+        return 0
+
+    monkeypatch.setattr(emulation, "available", lambda: None)
+    monkeypatch.setattr(network, "available", lambda: None)
+    monkeypatch.setattr(emulation, "spawn", spawn)
+    words = ["bench", "--ranks", "4", "--hosts", "2"]
+    assert main([*words, "--rate", "1gbit"]) == 0
+    assert "2 emulated hosts, 1gbit" in seen[0]  # type: ignore[operator]
+    assert "--hosts" not in seen[0]  # type: ignore[operator]
+    assert seen[1:] == [4, 2, "1gbit"]
+    monkeypatch.setattr(emulation, "available", lambda: "unshare is not permitted")
+    assert main(words) == 1
+    assert "--hosts 2: cannot emulate hosts here (unshare" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(RuntimeError, match="a job's have their hosts"):
+        main(words)
 
 
 def test_what_the_world_refuses_is_one_line_and_exit_code_one(

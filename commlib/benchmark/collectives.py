@@ -17,11 +17,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
+from statistics import median
 
 import torch
 import torch.distributed as dist
 from tqdm import trange
 
+from ..emulation import sent_bytes
 from .contestants import PAIRS, Buffers, Contestant, Measured, contestants
 from .pairs import Pairs, pairs
 from .rows import Row
@@ -82,12 +85,12 @@ def run(
                 *(pairs(buffers) if bench.op == PAIRS else contestants(buffers)),
                 *(one.contestant(scheme, buffers) for scheme, one in measured.items()),
             ]
-            times, errors = _measure(bench, buffers, players, progress)
+            times, errors, left = _measure(bench, buffers, players, progress)
             sent = _worst([float(c.sent()) for c in players])
             for one in measured.values():
                 one.reset()
             if rank == 0:
-                found = _rows(bench, buffers, players, times, errors, sent)
+                found = _rows(bench, buffers, players, times, errors, sent, left)
                 rows += found
                 if on_rows is not None:
                     on_rows(found)
@@ -133,8 +136,9 @@ def _measured(bench: Bench) -> Iterator[dict[str, Measured | Pairs]]:
 
 def _measure(
     bench: Bench, buffers: Buffers, players: list[Contestant], progress: bool
-) -> tuple[list[list[float]], list[float | None]]:
-    """Seconds of the slowest rank per contestant and round; relative error of the first message."""
+) -> tuple[list[list[float]], list[float | None], list[int | None]]:
+    """Per contestant: seconds of the slowest rank by round; relative error of the first message;
+    bytes that the busiest host sent in a round, where ranks share hosts."""
     places, mine = buffers.sample()
     dist.all_reduce(mine)
     errors: list[float | None] = [None] * len(players)
@@ -154,20 +158,40 @@ def _measure(
         leave=False,
         disable=None if progress else True,  # None: only on a terminal
     )
-    local = [[_turn(buffers, c) for c in players] for _ in bar]
-    flat = _worst([t for one in local for t in one])
-    n = len(players)
-    return [flat[i::n] for i in range(n)], errors
+    local = [_turn(buffers, c) for _ in bar for c in players]
+    dist.barrier()
+    counts = [count for _, count in local] + [_left_host()]
+    flat, n = _worst([seconds for seconds, _ in local]), len(players)
+    # from one barrier to the next: when this rank is done, others of its host may still send
+    left = _worst([float(b - a) for a, b in pairwise(counts)])
+    shared = _interface() is not None
+    medians = [int(median(left[i::n])) if shared else None for i in range(n)]
+    return [flat[i::n] for i in range(n)], errors, medians
 
 
-def _turn(buffers: Buffers, contestant: Contestant) -> float:
+def _turn(buffers: Buffers, contestant: Contestant) -> tuple[float, int]:
+    """Seconds of one run, and what had left this host before it."""
     buffers.reset()
     buffers.settle()
     dist.barrier()
+    before = _left_host()
     start = time.perf_counter()
     contestant.run()
     buffers.settle()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, before
+
+
+def _interface() -> str | None:
+    """The interface that all bytes between hosts pass, where it is known and ranks share it."""
+    here, world = (int(os.environ.get(n, "1")) for n in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    name = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    return name if 1 < here < world and name != "lo" else None
+
+
+def _left_host() -> int:
+    """Bytes that this host has sent to others, ever; 0 where that is not known."""
+    name = _interface()
+    return 0 if name is None else sent_bytes(name)
 
 
 def _relative_error(buffers: Buffers, places: torch.Tensor, exact: torch.Tensor) -> float:
@@ -199,6 +223,7 @@ def _rows(
     times: list[list[float]],
     errors: list[float | None],
     sent: list[float],
+    left: list[int | None],
 ) -> list[Row]:
     size, must = buffers.numel * 4, buffers.must_send()
     base = times[0]
@@ -208,6 +233,7 @@ def _rows(
         ratio = paired_ratio(times[i], base) if i and contestant.checked else None
         algbw = size / p50 / 1e9 if contestant.checked else None
         wire = int(sent[i])
+        on_line = wire if (shared := left[i]) is None else shared
         # the bare link's bus bandwidth is what it carried; a collective's what fp32 would have
         busbw = (must if contestant.checked else wire) / p50 / 1e9
         found.append(
@@ -228,7 +254,8 @@ def _rows(
                 ratio=ratio.median if ratio else None,
                 ratio_ci_low=ratio.low if ratio else None,
                 ratio_ci_high=ratio.high if ratio else None,
-                wire_efficiency=wire * 8 / bench.rate / p50 if bench.rate and wire else None,
+                wire_efficiency=on_line * 8 / bench.rate / p50 if bench.rate and wire else None,
+                host_bytes=left[i],
                 wire_ratio=must / wire if wire and contestant.checked else None,
                 iters=len(times[i]),
                 threads=torch.get_num_threads(),

@@ -36,6 +36,8 @@ def collective(args: argparse.Namespace) -> int:
         )
     if "RANK" not in os.environ:
         return _start_ranks(args)
+    if args.hosts:
+        raise RuntimeError("--hosts is for ranks that are started here; a job's have their hosts")
     bench = Bench(
         op=args.op,
         schemes=args.schemes,
@@ -54,8 +56,13 @@ def collective(args: argparse.Namespace) -> int:
 
 def _start_ranks(args: argparse.Namespace) -> int:
     """This command again, once per rank; what is decided here is passed on."""
+    reason = emulation.available() if args.hosts else None
+    if reason is not None:
+        raise RuntimeError(f"--hosts {args.hosts}: cannot emulate hosts here ({reason})")
     rate = emulation.rate_here(args.rate)
-    link = args.link or (f"{args.ranks} emulated hosts, {rate}" if rate else "loopback")
+    hosts = args.hosts or (args.ranks if rate else None)
+    link = f"{hosts} emulated hosts, {rate or 'no limit'}" if hosts else "loopback"
+    link = args.link or link
     words = ["bench", args.op, "--schemes", ",".join(args.schemes), "--link", link]
     for name in ("min", "max", "factor", "budget", "timeout", "seed"):
         words += [f"--{name}", str(getattr(args, name))]
@@ -68,7 +75,7 @@ def _start_ranks(args: argparse.Namespace) -> int:
     argv = [sys.executable, "-m", "commlib.cli", *words]
     # c10d warns that emulated hosts have no names; errors still come through
     env = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
-    return emulation.spawn(argv, args.ranks, rate=rate, env=env, timeout=SPAWN_SECONDS)
+    return emulation.spawn(argv, args.ranks, hosts=hosts, rate=rate, env=env, timeout=SPAWN_SECONDS)
 
 
 def _join_ranks(bench: Bench, json_file: Path | None) -> None:

@@ -51,7 +51,8 @@ class Row:
 
     `size_bytes` is the fp32 size of the whole tensor, `wire_bytes` what one rank sends,
     `ratio_*` the paired time ratio to the library's own fp32 collective (below 1: faster),
-    `wire_efficiency` = wire_bytes / line rate / p50. None where a figure does not apply.
+    `host_bytes` what the busiest host's interface sent where ranks share hosts, `wire_efficiency` =
+    wire_bytes (or host_bytes) / line rate / p50. None where a figure does not apply.
     """
 
     op: str
@@ -72,6 +73,7 @@ class Row:
     ratio_ci_high: float | None = None
     wire_efficiency: float | None = None
     wire_ratio: float | None = None
+    host_bytes: int | None = None
     iters: int = 0
     threads: int = 1
     chosen: str | None = None
@@ -140,6 +142,10 @@ def table(rows: Sequence[Row], style: str = "simple") -> str:
         ]
         for row in rows
     ]
+    if any(row.host_bytes is not None for row in rows):
+        header.insert(3, "host sent")
+        for cells, row in zip(body, rows, strict=True):
+            cells.insert(3, "-" if row.host_bytes is None else format_size(row.host_bytes))
     return tabulate(body, header, style, disable_numparse=True, stralign="right")
 
 
