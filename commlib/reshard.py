@@ -291,16 +291,13 @@ def _loaded(h: torch.Tensor, scales: torch.Tensor | None, block: int) -> torch.T
 def _stored(
     x: torch.Tensor, dtype: torch.dtype, block: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A residual as it is kept, and the scales of an int8 one: bf16, the largest is 127 of them."""
+    """A residual as it is kept, and the scales of an int8 one: a 127th of a block's largest."""
     if dtype is not torch.int8:
         return x.to(dtype, copy=True), None
     width, count = x.shape[-1], -(-x.shape[-1] // block)
     padded = torch.nn.functional.pad(x, (0, -width % block)).view(*x.shape[:-1], count, block)
     largest = padded.abs().amax(-1)
-    steps = (largest / 127).to(torch.bfloat16)
-    low = steps.float() * 127 < largest
-    steps = (steps.view(torch.int16) + low).to(torch.int16).view(torch.bfloat16)  # the next above
-    steps = torch.where(largest < TINY, 0, steps)
+    steps = torch.where(largest < TINY, 0, largest / 127).to(torch.bfloat16)
     inverse = torch.where(steps > 0, 1 / steps.float(), 0)
     codes = (padded * inverse.unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
     codes = codes.view(*x.shape[:-1], count * block)[..., :width].contiguous()

@@ -61,6 +61,10 @@ def wrap(
 def of(model: Any) -> Any:
     """The state of a wrapped model (`DDPState`, `FSDPState`) or pipeline (`Pipeline`).
 
+    It goes into checkpoints beside the model: `torch.save(of(model).state_dict(), f"{rank}.pt")`,
+    or with torch.distributed.checkpoint as it is, `dcp.save({"commlib": of(model), ..})`. Resuming
+    on another number of ranks: `commlib.checkpoint`.
+
     Raises: ValueError: it is not wrapped. RuntimeError: it is a copy that lost its hook.
     """
     if not isinstance(model, nn.Module):
