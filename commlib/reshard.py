@@ -192,7 +192,7 @@ class Total:
             self._drop(f"memory {name!r}", memory)
         for name, h in saved["residuals"].items():
             share = saved["shares"][name]
-            if not self._known(name, share, h):
+            if not self._known(text, name, share, h):
                 self._drop(f"residual {name!r} of {text}", h)
                 continue
             if not rank:
@@ -215,12 +215,13 @@ class Total:
         if missing := [n for n in sums if n not in saved["residuals"]]:
             raise ValueError(f"rank {rank} has no residuals of {', '.join(missing)} ({text})")
 
-    def _known(self, name: str, share: list[Any], h: torch.Tensor) -> bool:
+    def _known(self, text: str, name: str, share: list[Any], h: torch.Tensor) -> bool:
         """Whether it is known how to share out a residual among other ranks."""
         ranks, _, factor = share
         divided = self._only_means and factor == 1.0 and not name.endswith(OWNER)
         placed = h.dim() == 1 or self._shapes is None or name in self._shapes
-        return bool(ranks == self.size and placed and not divided)
+        of_hosts = "@" in text  # a hierarchical scheme's: each host's part of it is on another rank
+        return bool(ranks == self.size and placed and not divided and not of_hosts)
 
     def _part(self, name: str, one: _Sum, rank: int, world_size: int) -> torch.Tensor | None:
         """In fp32 what `rank` holds of it; None where that is zero on all ranks."""
