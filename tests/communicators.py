@@ -38,10 +38,13 @@ def everything(c: Communicator) -> list[torch.Tensor]:
     c.all_gather(rows, mine(n), "g", async_op=True).wait()
     c.all_to_all(even, mine(n * w)).wait()
     c.all_to_all(parts, mine(n * w), out_splits=[n] * w, in_splits=[n] * w).wait()
+    part, shares, two = mine(n), mine(n * w), {"keys": ("s", "t"), "sizes": (1000, 500)}
+    c.reduce_scatter_segments(part, mine(n * w), ndims=(2, 1), async_op=True, **two).wait()
+    c.all_gather_segments(shares, part, ndims=(2, 1), **two).wait()
     z, integers = mine(n), torch.full((8,), c.rank, device=c.transport.device)
     c.broadcast(z, w - 1).wait()
     c.all_reduce(integers)
-    return [out.cpu() for out in (*outs, row, rows, even, parts, z, integers)]
+    return [out.cpu() for out in (*outs, row, rows, even, parts, part, shares, z, integers)]
 
 
 def on_ranks(size: int, policy: Any, body: Callable[[Communicator], Any], **how: Any) -> list[Any]:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from tests.integrations.ddp_cases import batch
 
 WIDTH = 48
+PATIENCE = 180.0  # seconds for one run of many trainings
 
 
 class Net(nn.Module):

@@ -27,6 +27,7 @@ from commlib.integrations.fsdp import FSDPState
 from commlib.integrations.fsdp_groups import Group
 from tests.integrations.ddp_cases import batch, mlp, raises
 from tests.integrations.fsdp_cases import (
+    PATIENCE,
     WIDTH,
     Net,
     equal,
@@ -373,7 +374,7 @@ def one_after_the_other(*parts: Callable[[], None]) -> None:
 @pytest.mark.parametrize("ranks", [1, 3, 4])
 def test_every_mode_of_fsdp(pool: Pool, ranks: int) -> None:
     few = ["plain", "bf16, summed in fp32", "unused are zeros"]
-    pool.run(every_mode, list(MODES) if ranks == 3 else few, ranks=ranks)
+    pool.run(every_mode, list(MODES) if ranks == 3 else few, ranks=ranks, timeout=PATIENCE)
 
 
 def test_gradients(pool: Pool) -> None:
@@ -384,6 +385,7 @@ def test_gradients(pool: Pool) -> None:
         made_on_meta,
         late_results_are_the_same,
         ranks=3,
+        timeout=PATIENCE,
     )
 
 
@@ -397,6 +399,7 @@ def test_parameters(pool: Pool) -> None:
         gathered_weights_are_the_same_everywhere,
         differences_follow_the_weights,
         ranks=3,
+        timeout=PATIENCE,
     )
 
 
@@ -407,4 +410,5 @@ def test_names_and_refusals(pool: Pool) -> None:
         refusals,
         ranks_that_disagree_hear_of_it,
         ranks=2,
+        timeout=PATIENCE,
     )

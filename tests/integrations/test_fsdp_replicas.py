@@ -14,6 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 import commlib
 from commlib.integrations.ranked import unranked
 from tests.integrations.fsdp_cases import (
+    PATIENCE,
     Net,
     equal,
     gradients,
@@ -132,4 +133,5 @@ def test_replicas(pool: Pool) -> None:
         only_the_replicas_are_compressed,
         partial_sums_wait_for_the_last_microbatch,
         the_mesh_stays_the_users,
+        timeout=PATIENCE,
     )

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import commlib
 from commlib.integrations.ranked import unranked
 from tests.integrations.ddp_cases import raises
-from tests.integrations.fsdp_cases import equal, loss, mesh, relative, sharded, shards
+from tests.integrations.fsdp_cases import PATIENCE, equal, loss, mesh, relative, sharded, shards
 from tests.processes import Pool
 
 pytestmark = pytest.mark.processes
@@ -132,6 +132,7 @@ def test_state(pool: Pool) -> None:
         rules_may_name_the_role,
         another_ranks_state_is_refused,
         ranks=3,
+        timeout=PATIENCE,
     )
 
 

@@ -18,7 +18,7 @@ from ...emulation import Network
 
 ANSWER_SECONDS = 30.0
 TARGET = 8.0  # uncompressed step / step without a network: large models on 100 Mbit/s
-WITHIN = 0.04  # of TARGET; the main run must land within half a unit of it
+WITHIN = 0.04  # of the target; the main run must land within half a unit of TARGET
 _POLL_SECONDS = 0.02
 
 
@@ -90,9 +90,13 @@ def rate_text(bits: float) -> str:
 
 
 def calibrate(
-    measure: Callable[[int], tuple[float, float]], critical_bytes: float, tries: int = 6
+    measure: Callable[[int], tuple[float, float]],
+    critical_bytes: float,
+    tries: int = 6,
+    *,
+    target: float = TARGET,
 ) -> Line:
-    """The line rate at which an uncompressed step takes TARGET times one without a network.
+    """The line rate at which an uncompressed step takes `target` times one without a network.
 
     Args:
         measure: seconds of a step (without a network, uncompressed) at a rate in bits per second.
@@ -102,15 +106,15 @@ def calibrate(
     """
     alone, free = measure(0)
     seconds = [alone]
-    bits = 8 * critical_bytes / (TARGET * alone - min(free, alone))
+    bits = 8 * critical_bytes / (target * alone - min(free, alone))
     uncompressed = free
     for number in range(tries):
         now, uncompressed = measure(round(bits))
         seconds.append(now)
         alone = sorted(seconds)[len(seconds) // 2]
-        if abs(uncompressed / (TARGET * alone) - 1) < WITHIN or number == tries - 1:
+        if abs(uncompressed / (target * alone) - 1) < WITHIN or number == tries - 1:
             break
         # the part of a step that is not the line's does not change with its rate
         wire = max(uncompressed - alone, 0.1 * uncompressed)
-        bits *= wire / ((TARGET - 1) * alone)
+        bits *= wire / ((target - 1) * alone)
     return Line(round(bits), alone, uncompressed)
