@@ -5,6 +5,7 @@ Decided from the policy, dtype and numbers of elements, which all ranks share.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -26,13 +27,14 @@ ROLES = (Role.GRADIENT, Role.ACTIVATION, Role.PARAMETER)
 CODED = frozenset(DTYPES)
 PLAIN = (torch.Tensor, nn.Parameter)  # others only look like tensors, while a program is traced
 MAX_CHOICES = 4096
+ANY = sys.maxsize  # elements, where each rank knows for itself alone how many
 
 
 class Choices:
     """The choices of one group, until its policy changes (`renew`).
 
-    lossless: nothing is ever compressed. parameters: some rule of the policy names them. held:
-    nothing is, for now.
+    lossless: nothing is ever compressed. parameters: some rule of the policy names them. least:
+    elements below which nothing is compressed. held: nothing is, for now. used: something was.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -40,7 +42,7 @@ class Choices:
         self._size = group.size()
         self._devices = frozenset(backends(group))
         self._made: dict[Any, bool] = {}
-        self.held = False
+        self.held = self.used = False
         self.renew()
 
     def renew(self) -> None:
@@ -54,11 +56,13 @@ class Choices:
             rules = policy.rules
             self.lossless |= policy.lossless
         self.parameters = not self.lossless and any(r.role is Role.PARAMETER for r in rules)
+        lossy = [rule.min_numel for rule in rules if not rule.scheme.lossless]
+        self.least = min(lossy, default=EXACT_BELOW_NUMEL)  # "auto" measures from there on
         self._made.clear()
 
-    def take(self, what: int, numel: int | None, x: torch.Tensor, *others: torch.Tensor) -> bool:
-        """Whether a call on `numel` elements like those of `x` is compressed; None: on any."""
-        if self.lossless or x.dtype not in CODED:
+    def take(self, what: int, numel: int, x: torch.Tensor, *others: torch.Tensor) -> bool:
+        """Whether a call on `numel` elements like those of `x` is compressed; ANY: on how many."""
+        if self.lossless or numel < self.least or x.dtype not in CODED:
             return False
         key = (what, numel, x.dtype, x.ndim, x.is_cuda)
         taken = self._made.get(key)
@@ -84,9 +88,9 @@ class Choices:
 
     def scatters(self, output: torch.Tensor, input: torch.Tensor) -> bool:
         """As `take`, of a flat reduce_scatter."""
-        if self.lossless:
-            return False
         numel = input.numel()
+        if self.lossless or numel < self.least:
+            return False
         return numel == self._size * output.numel() and self.take(GRADIENT, numel, input, output)
 
     def gathers(self, output: torch.Tensor, input: torch.Tensor) -> bool:
@@ -96,17 +100,24 @@ class Choices:
         numel = input.numel()
         return output.numel() == self._size * numel and self.take(PARAMETER, numel, input, output)
 
-    def _choose(self, what: int, numel: int | None, x: torch.Tensor) -> bool:
+    def route(self, x: torch.Tensor) -> Communicator:
+        """What carries tensors like `x`, of which nothing is remembered: said once."""
+        group = self._group()
+        assert group is not None
+        found = groups.communicator(group, x.device)
+        groups.tell_anonymous(group, found.policy)
+        self.used = True
+        return found
+
+    def _choose(self, what: int, numel: int, x: torch.Tensor) -> bool:
         group = self._group()
         assert group is not None
         if what == MESSAGE:
             return p2p.is_compressed(group, x)
         policy, role = groups.policy(group), ROLES[what]
         if isinstance(policy, str):  # "auto": what measuring finds, and it finds no role
-            if numel is not None and numel < EXACT_BELOW_NUMEL:
-                return False
-            policy = route(group, x).policy
-        if numel is None:
+            policy = self.route(x).policy
+        if numel == ANY:
             lossy = [rule for rule in policy.rules if not rule.scheme.lossless]
             return any(rule.role in (None, role) for rule in lossy)
         ndim = x.ndim if x.ndim > 1 else None  # one dimension may be a flat buffer of anything
@@ -131,10 +142,3 @@ class Choices:
             and x.device == like.device
             and x.device.type in self._devices
         )
-
-
-def route(group: dist.ProcessGroup, x: torch.Tensor) -> Communicator:
-    """What carries tensors like `x`, of which nothing is remembered: said once."""
-    found = groups.communicator(group, x.device)
-    groups.tell_anonymous(group, found.policy)
-    return found

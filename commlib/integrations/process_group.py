@@ -36,11 +36,11 @@ from commlib.integrations.backend import NAME, Options
 from commlib.integrations.calls import ReduceOp, coalesced, is_sum, spelled
 from commlib.integrations.choices import (
     ACTIVATION,
+    ANY,
     GRADIENT,
     MESSAGE,
     PARAMETER,
     Choices,
-    route,
 )
 from commlib.policy import Policy, Scheme
 from commlib.transport import GLOO
@@ -84,11 +84,13 @@ class ProcessGroup(Base):  # type: ignore[misc]
         self._allreduce = self.plain.allreduce
         self._reduce_scatter = self._under(REDUCE_SCATTER)
         self._all_gather = self._under(ALL_GATHER)
+        self._all_to_all = self._under(ALL_TO_ALL)
+        self._by_hand = GLOO in self.inner_backends.values()  # it has no PREMUL_SUM
         groups.set_seed(self, options.seed)
         if options.policy is not None:
             groups.set_policy(self, options.policy)
         self.choices = Choices(self)
-        self._takes = self.choices.take
+        self._takes, self._route = self.choices.take, self.choices.route
 
     # Gradients.
 
@@ -99,10 +101,9 @@ class ProcessGroup(Base):  # type: ignore[misc]
             opts = spelled(AllreduceOptions, op if opts is None else opts, timeout)
             tensors = [tensors] if isinstance(tensors, torch.Tensor) else tensors
         if len(tensors) == 1 and (x := tensors[0]).is_floating_point():
-            op = opts.reduceOp
-            if self._takes(GRADIENT, x.numel(), x) and is_sum(op):
-                return calls.all_reduce(route(self, x), x, op, opts.asyncOp)
-            if op == PREMUL_SUM:
+            if self._takes(GRADIENT, x.numel(), x) and is_sum(op := opts.reduceOp):
+                return calls.all_reduce(self._route(x), x, op, opts.asyncOp)
+            if self._by_hand and opts.reduceOp == PREMUL_SUM:
                 tensors, opts = self._premultiplied(tensors, opts, in_place=True)
         return self._allreduce(tensors, opts)
 
@@ -113,7 +114,7 @@ class ProcessGroup(Base):  # type: ignore[misc]
             tensors,
             tensors,
             lambda x, _: self._takes(GRADIENT, x.numel(), x) and is_sum(op),
-            lambda x, _: calls.all_reduce(route(self, x), x, op, opts.asyncOp),
+            lambda x, _: calls.all_reduce(self._route(x), x, op, opts.asyncOp),
             lambda rest, _: self.plain.allreduce_coalesced(
                 *self._premultiplied(rest, opts, in_place=True)
             ),
@@ -134,7 +135,7 @@ class ProcessGroup(Base):  # type: ignore[misc]
         out, parts, op = outputs[0], inputs[0], opts.reduceOp
         numel = out.numel() * len(parts)
         if self.choices.take_parts(GRADIENT, numel, out, parts) and is_sum(op):
-            return calls.reduce_scatter(route(self, out), out, parts, op, opts.asyncOp)
+            return calls.reduce_scatter(self._route(out), out, parts, op, opts.asyncOp)
         if op == PREMUL_SUM and len(inputs) == 1:
             parts, opts = self._premultiplied(parts, opts)
             inputs = [parts]
@@ -143,10 +144,9 @@ class ProcessGroup(Base):  # type: ignore[misc]
     def reduce_scatter_single(self, output: Any, input: Any, opts: Any = None) -> Any:
         opts = spelled(c10d.ReduceScatterOptions, opts)
         if input.is_floating_point():
-            op = opts.reduceOp
-            if self.choices.scatters(output, input) and is_sum(op):
-                return calls.reduce_scatter(route(self, input), output, input, op, opts.asyncOp)
-            if op == PREMUL_SUM:
+            if self.choices.scatters(output, input) and is_sum(op := opts.reduceOp):
+                return calls.reduce_scatter(self._route(input), output, input, op, opts.asyncOp)
+            if self._by_hand and opts.reduceOp == PREMUL_SUM:
                 (input,), opts = self._premultiplied([input], opts)
         return self._reduce_scatter(output, input, opts)
 
@@ -157,7 +157,7 @@ class ProcessGroup(Base):  # type: ignore[misc]
             outputs,
             inputs,
             lambda out, x: self.choices.scatters(out, x) and is_sum(op),
-            lambda out, x: calls.reduce_scatter(route(self, x), out, x, op, opts.asyncOp),
+            lambda out, x: calls.reduce_scatter(self._route(x), out, x, op, opts.asyncOp),
             lambda outs, rest: self._under(REDUCE_SCATTER_COALESCED)(
                 outs, *self._premultiplied(rest, opts)
             ),
@@ -172,13 +172,13 @@ class ProcessGroup(Base):  # type: ignore[misc]
         parts, x = outputs[0], inputs[0]
         known = self.choices.parameters
         if known and self.choices.take_parts(PARAMETER, x.numel(), x, parts):
-            return calls.all_gather(route(self, x), parts, x, opts.asyncOp)
+            return calls.all_gather(self._route(x), parts, x, opts.asyncOp)
         return self.plain.allgather(outputs, inputs, opts)
 
     def all_gather_single(self, output: Any, input: Any, opts: Any = None) -> Any:
         opts = spelled(c10d.AllgatherOptions, opts)
         if self.choices.gathers(output, input):
-            return calls.all_gather(route(self, input), output, input, opts.asyncOp)
+            return calls.all_gather(self._route(input), output, input, opts.asyncOp)
         return self._all_gather(output, input, opts)
 
     def all_gather_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
@@ -187,7 +187,7 @@ class ProcessGroup(Base):  # type: ignore[misc]
             outputs,
             inputs,
             self.choices.gathers,
-            lambda out, x: calls.all_gather(route(self, x), out, x, opts.asyncOp),
+            lambda out, x: calls.all_gather(self._route(x), out, x, opts.asyncOp),
             lambda outs, rest: self._under(ALL_GATHER_COALESCED)(outs, rest, opts),
         )
 
@@ -200,7 +200,7 @@ class ProcessGroup(Base):  # type: ignore[misc]
         if self.choices.parameters and len(tensors) == 1:
             x = tensors[0]
             if self._takes(PARAMETER, x.numel(), x):
-                return calls.broadcast(route(self, x), x, opts.rootRank, opts.asyncOp)
+                return calls.broadcast(self._route(x), x, opts.rootRank, opts.asyncOp)
         return self.plain.broadcast(tensors, opts)
 
     # Activations.
@@ -209,16 +209,14 @@ class ProcessGroup(Base):  # type: ignore[misc]
         self, output: Any, input: Any, output_rows: Any, input_rows: Any, opts: Any = None
     ) -> Any:
         opts = spelled(c10d.AllToAllOptions, opts)
-        # of parts of any size, only each rank itself knows how many elements it sends
-        numel = None if output_rows or input_rows else input.numel()
+        rows = output_rows, input_rows
         if (
-            output.is_contiguous()
+            self._takes(ACTIVATION, ANY if any(rows) else input.numel(), input, output)
+            and output.is_contiguous()
             and input.is_contiguous()
-            and self._takes(ACTIVATION, numel, input, output)
         ):
-            rows = output_rows, input_rows
-            return calls.all_to_all(route(self, input), output, input, *rows, opts.asyncOp)
-        return self._under(ALL_TO_ALL)(output, input, output_rows, input_rows, opts)
+            return calls.all_to_all(self._route(input), output, input, *rows, opts.asyncOp)
+        return self._all_to_all(output, input, *rows, opts)
 
     def send(self, tensors: Any, dst: int, tag: int = 0) -> Any:
         work = self._message("send", tensors, dst, tag)
@@ -243,7 +241,8 @@ class ProcessGroup(Base):  # type: ignore[misc]
     # What is not a call on tensors.
 
     def barrier(self, *args: Any, **named: Any) -> Any:
-        groups.flush(self)  # gloo's waits for what was called before it
+        if self.choices.used:
+            groups.flush(self)  # gloo's waits for what was called before it
         return self.plain.barrier(*args, **named)
 
     def _start_coalescing(self, device: torch.device) -> None:
@@ -282,7 +281,7 @@ class ProcessGroup(Base):  # type: ignore[misc]
     def _premultiplied(
         self, tensors: Sequence[torch.Tensor], opts: Any, *, in_place: bool = False
     ) -> tuple[Sequence[torch.Tensor], Any]:
-        """A PREMUL_SUM as gloo can do it, which has none: the sum of multiples."""
+        """A PREMUL_SUM as gloo can do it: the sum of multiples."""
         op = opts.reduceOp
         if op != PREMUL_SUM or not all(
             self.inner_backends.get(x.device.type) == GLOO and x.is_floating_point()
