@@ -144,11 +144,10 @@ def every_mode(names: list[str]) -> None:
     alone = dist.get_world_size() == 1
     for name in names:
         make = MODES[name]
-        plain = train(make(), 3)
-        assert equal(train(commlib.wrap(make(), "fp32"), 3), plain), name
-        assert equal(train(commlib.wrap(make(), "fp32", parameters="fp32"), 3), plain), name
+        plain = train(make(), 2)
+        assert equal(train(commlib.wrap(make(), "fp32", parameters="fp32"), 2), plain), name
         model = commlib.wrap(make(), "int8+ef", parameters="int8")
-        error = relative(train(model, 3), plain)
+        error = relative(train(model, 2), plain)
         if alone or name == "fp64":
             assert error == 0, name
         else:
@@ -156,10 +155,10 @@ def every_mode(names: list[str]) -> None:
 
 
 def accumulation_and_clipping() -> None:
-    for how in ({"accumulate": 3}, {"clip": 0.1}, {"accumulate": 2, "clip": 0.1}):
-        plain = train(sharded(), 3, **how)
-        assert equal(train(commlib.wrap(sharded(), "fp32"), 3, **how), plain), how
-        error = relative(train(commlib.wrap(sharded(), "int8+ef"), 3, **how), plain)
+    for how in ({"accumulate": 2}, {"accumulate": 2, "clip": 0.1}):
+        plain = train(sharded(), 2, **how)
+        assert equal(train(commlib.wrap(sharded(), "fp32"), 2, **how), plain), how
+        error = relative(train(commlib.wrap(sharded(), "int8+ef"), 2, **how), plain)
         assert 0 < error < 0.01, (how, error)
 
 
@@ -371,10 +370,10 @@ def one_after_the_other(*parts: Callable[[], None]) -> None:
         part()
 
 
-@pytest.mark.parametrize("ranks", [1, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_every_mode_of_fsdp(pool: Pool, ranks: int) -> None:
     few = ["plain", "bf16, summed in fp32", "unused are zeros"]
-    pool.run(every_mode, list(MODES) if ranks == 3 else few, ranks=ranks, timeout=PATIENCE)
+    pool.run(every_mode, list(MODES) if ranks == 2 else few, ranks=ranks, timeout=PATIENCE)
 
 
 def test_gradients(pool: Pool) -> None:

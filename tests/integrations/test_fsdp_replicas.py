@@ -55,9 +55,9 @@ MODES: dict[str, Callable[[], Any]] = {
 
 def every_mode() -> None:
     for name, make in MODES.items():
-        plain = train(make(), 3, accumulate=2)
-        assert equal(train(commlib.wrap(make(), "fp32"), 3, accumulate=2), plain), name
-        error = relative(train(commlib.wrap(make(), "int8+ef"), 3, accumulate=2), plain)
+        plain = train(make(), 2, accumulate=2)
+        assert equal(train(commlib.wrap(make(), "fp32"), 2, accumulate=2), plain), name
+        error = relative(train(commlib.wrap(make(), "int8+ef"), 2, accumulate=2), plain)
         assert 0 < error < 0.01, (name, error)
 
 
