@@ -12,7 +12,7 @@ GPU_PYTHON ?= python3
 CHECKS ?=
 BENCHES ?=
 
-.PHONY: demo demo-pipeline test test-faults lint bench loss faults compile-matrix test-cuda gpu gpu-check gpu-bench clean
+.PHONY: demo demo-pipeline test test-faults conformance lint bench loss faults compile-matrix test-cuda gpu gpu-check gpu-bench clean
 
 demo: $(VENV)/.installed-plot      ## four emulated hosts train a small GPT: plain DDP, bf16, int8+ef, int4+ef
 	$(BIN)/commlib demo $(ARGS)
@@ -29,6 +29,9 @@ test: $(VENV)/.warm
 
 test-faults: $(VENV)/.installed-dev  ## links cut, ranks stopped and killed, disks filled: an error, then the same losses
 	$(BIN)/python -m pytest tests/faults $(ARGS)
+
+conformance: $(VENV)/.installed-conformance   ## PyTorch's own distributed suite on gloo and on commlib, compared
+	PYTHONPATH=.:kernels $(BIN)/python -m tests.conformance $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
