@@ -174,6 +174,10 @@ class State:
         """Bytes of residuals held on this rank."""
         return sum(c.memory_bytes() for c in self.communicators.values())
 
+    def bytes_sent(self) -> int:
+        """Bytes this rank has sent through these communicators, without TCP's headers."""
+        return sum(c.transport.bytes_sent for c in self.communicators.values())
+
     def close(self) -> None:
         """Stop the communicators; the next use makes others, without residuals."""
         communicators, self._communicators = self._communicators or {}, None
