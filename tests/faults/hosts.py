@@ -50,7 +50,7 @@ class Hosts:
             )
             self._read()
         except BaseException:
-            self.network.close()
+            self.__exit__()
             raise
         return self
 

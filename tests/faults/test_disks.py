@@ -12,7 +12,7 @@ from tests.faults.conftest import RANKS, Curves
 from tests.faults.hosts import Hosts, curves
 from tests.faults.stories import SAVED, assert_resumes, train
 
-pytestmark = [pytest.mark.processes, pytest.mark.slow]
+pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(300)]
 
 FULL = r"the checkpoint of step 10 failed: rank 1: OSError: \[Errno 28\] No space left on device"
 

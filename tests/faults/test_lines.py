@@ -11,7 +11,7 @@ from tests.faults.conftest import RANKS, Curves
 from tests.faults.hosts import SLOW, Hosts, curves
 from tests.faults.stories import TIMEOUT, assert_resumes, interrupted, why
 
-pytestmark = [pytest.mark.processes, pytest.mark.slow]
+pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(300)]
 
 CUT_OFF = "the group's store did not answer"  # what a rank says that reaches nobody
 

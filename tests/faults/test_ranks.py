@@ -17,7 +17,7 @@ from tests.faults.conftest import RANKS, STEPS, Curves
 from tests.faults.hosts import SLOW, Hosts, curves, losses, wait_until
 from tests.faults.stories import SAVED, STRUCK, TIMEOUT, assert_resumes, interrupted, why
 
-pytestmark = [pytest.mark.processes, pytest.mark.slow]
+pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def test_a_rank_is_stopped(hosts: Hosts, undisturbed: Curves, tmp_path: Path) -> None:
@@ -53,7 +53,6 @@ def test_a_rank_is_killed(hosts: Hosts, undisturbed: Curves, tmp_path: Path, vic
     assert_resumes(hosts, tmp_path, undisturbed)
 
 
-@pytest.mark.timeout(300)  # nine starts of Python and torch
 def test_torchrun_restarts_a_rank_that_is_killed(hosts: Hosts, tmp_path: Path) -> None:
     expected = tmp_path / "expected"
     expected.mkdir()
@@ -76,18 +75,20 @@ def test_torchrun_restarts_a_rank_that_is_killed(hosts: Hosts, tmp_path: Path) -
 
 @contextmanager
 def torchrun(hosts: Hosts, folder: Path, nodes: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """torchrun on each of `nodes` hosts, with one rank of train.py, which it restarts."""
+    """torchrun on each of `nodes` hosts, with one rank of train.py, which it restarts.
+
+    It keeps its store over restarts (torch 2.13), where gloo may find addresses of ranks that are
+    gone; it fails then, and is restarted once more.
+    """
     argv = [sys.executable, "-m", "torch.distributed.run"]
-    argv += ["--nnodes", str(nodes), "--nproc-per-node", "1", "--max-restarts", "3"]
+    argv += ["--nnodes", str(nodes), "--nproc-per-node", "1", "--max-restarts", "5"]
     argv += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts.network.address(0)}:29400"]
     argv += ["--monitor-interval", "0.2"]
     train = ["-m", "tests.faults.train", "--checkpoints", str(folder / "disk")]
     train += ["--losses", str(folder), "--steps", str(STEPS), "--every", str(SAVED)]
     train += ["--timeout", str(TIMEOUT)]
-    env = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    # torchrun keeps its store over restarts, where gloo finds addresses of ranks that are gone (as
-    # of torch 2.13). It fails then and is restarted once more, so this only saves time.
-    env |= {"GLOO_SOCKET_IFNAME": "eth0"}
+    path = os.pathsep.join(sys.path)
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
     with ExitStack() as stack:
         agents = []
         for node in range(nodes):
@@ -95,9 +96,7 @@ def torchrun(hosts: Hosts, folder: Path, nodes: int) -> Iterator[list[subprocess
             keeps_store = f"is_host={int(node == 0)}"  # its host's name tells it nothing here
             mine = ["--local-addr", hosts.network.address(node), "--rdzv-conf", keeps_store]
             command = hosts.network.command(node, [*argv, *mine, *train])
-            agents.append(
-                subprocess.Popen(command, env={**os.environ, **env}, stdout=log, stderr=log)
-            )
+            agents.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
         try:
             yield agents
         finally:

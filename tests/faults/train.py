@@ -57,6 +57,9 @@ class Checkpoints:
         step = max(set.intersection(*map(set, steps)), default=0)
         if step:
             together(f"the checkpoint of step {step}", lambda: self._restore(self._path(step)))
+        for later in self._steps():
+            if later > step:  # never whole; next to a file of this run it would pass for that
+                self._path(later).unlink()
         print(f"rank {dist.get_rank()} starts after step {step}", flush=True)
         return step
 
