@@ -273,7 +273,7 @@ def rows(config: Config, made: Sequence[Trainee], line: Line, exact: bool) -> li
     uncompressed = next(t for t in made if t.method == UNCOMPRESSED)
     found = []
     for t in made:
-        bound = 8e3 * sent[t.method] / line.bits
+        bound = 8e3 * sent[t.method] * sharers() / line.bits  # the ranks of a host share its line
         reduced = statistics.median(t.reduced)
         row = Row(
             layout=config.layout,

@@ -121,7 +121,7 @@ class FSDPState(State):
         self._groups: list[Group] = []
         self._kept: dict[str, dict[str, Any]] = {}  # memory that outlives its communicator
         self._backward = Backward()
-        self._by_group: dict[tuple[str, dist.ProcessGroup | None], Communicator] = {}
+        self._names: dict[tuple[str, dist.ProcessGroup | None], str] = {}  # of communicators
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -143,24 +143,22 @@ class FSDPState(State):
         for group in self._groups:
             if self.parameters is not None and group.shard_group is not None:
                 wanted[PARAMETERS, group.shard_group] = None
-        self._by_group = {}
-        named: dict[str, Communicator] = {}
+        self._names, made = {}, {}
         for use, process_group in wanted:
-            same = sum(name.rstrip(DIGITS) == use for name in named)
-            made = channel.communicator(
+            same = sum(other == use for other, _ in self._names)
+            name = f"{use}{same + 1}" if same else use
+            self._names[use, process_group] = name
+            made[name] = channel.communicator(
                 process_group,
                 self.parameters if use == PARAMETERS and self.parameters else self.policy,
                 seed=self.seed,
                 timeout=self.timeout,
                 device=self._groups[0].torch.device,
             )
-            self._by_group[use, process_group] = made
-            named[f"{use}{same + 1}" if same else use] = made
         kept, self._kept = self._kept, {}
-        for name, memory in kept.items():
-            if name in named:
-                named[name].load_state_dict(memory)
-        return named
+        for name in made.keys() & kept.keys():
+            made[name].load_state_dict(kept[name])
+        return made
 
     def _tensors(self) -> dict[str, dict[str, TensorInfo]]:
         """What is reduce-scattered, as the policy sees it."""
@@ -185,8 +183,7 @@ class FSDPState(State):
 
     def _use_of(self, group: Group) -> str:
         """The name of the communicator that reduce-scatters `group`; empty for none."""
-        mine = self._by_group.get((GRADIENTS, group.shard_group))
-        return next((name for name, c in self.communicators.items() if c is mine), "")
+        return self._names.get((GRADIENTS, group.shard_group), "")
 
     def _place(self) -> tuple[int, int]:
         mesh = self._groups[0].torch.mesh_info.mesh.mesh.flatten().tolist()
@@ -204,14 +201,12 @@ class FSDPState(State):
         return self._find(REPLICAS, group.replica_group)
 
     def _find(self, use: str, process_group: dist.ProcessGroup | None) -> Communicator:
-        if self._communicators is None:
-            self.communicators  # noqa: B018  # after close(): makes them again
-        return self._by_group[use, process_group]
+        return self.communicators[self._names[use, process_group]]
 
     def _weights_were_loaded(self) -> None:
         """What other ranks hold of this rank's parameters is no reference for these."""
-        for (use, _), communicator in self._by_group.items():
-            if use == PARAMETERS and self._communicators is not None:
+        for name, communicator in (self._communicators or {}).items():
+            if name.startswith(PARAMETERS):
                 communicator.forget_copies()
 
     # What wrapping does with a state.
@@ -244,11 +239,10 @@ class FSDPState(State):
         for torch_group in torch_groups:
             group = torch_group.__dict__.get(MINE)
             if group is None:
-                own = [names[key_of(parameter)] for parameter in torch_group.fsdp_params]
-                group = Group(torch_group, own, self)
+                group = Group(torch_group)
                 setattr(torch_group, MINE, group)
-            group.state = self
-            group.attach(gathers=self.parameters is not None)
+            own = [names[key_of(parameter)] for parameter in torch_group.fsdp_params]
+            group.attach(self, own, gathers=self.parameters is not None)
             self._groups.append(group)
         for communicator in self.communicators.values():
             communicator.warmup()  # what fails or takes long does so here, not in backward

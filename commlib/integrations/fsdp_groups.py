@@ -51,12 +51,14 @@ class Segments(NamedTuple):
 class Group:
     """One parameter group of a wrapped model.
 
-    torch: FSDP2's own `FSDPParamGroup`. names: of its parameters.
+    torch: FSDP2's own `FSDPParamGroup`. state: of the model. names: of the group's parameters.
     """
 
-    def __init__(self, torch_group: Any, names: Sequence[str], state: FSDPState) -> None:
-        self.torch, self.state = torch_group, state
-        self.names = tuple(names)
+    state: FSDPState
+    names: tuple[str, ...]
+
+    def __init__(self, torch_group: Any) -> None:
+        self.torch = torch_group
         self._with_gradient: tuple[int, ...] = ()
         self._known: dict[tuple[int, ...], Segments] = {}
         self._late: Work | None = None  # a result that arrives during the rest of backward
@@ -71,8 +73,10 @@ class Group:
         for module in torch_group.modules:
             module.register_load_state_dict_post_hook(self._loaded)
 
-    def attach(self, *, gathers: bool) -> None:
+    def attach(self, state: FSDPState, names: Sequence[str], *, gathers: bool) -> None:
         """Stand in FSDP2's place where this group's gradients travel, and if asked its gathers."""
+        self.state, self.names = state, tuple(names)
+        self._known.clear()
         group = self.torch
         if self.replicated:
             info = copy.copy(group.mesh_info)  # which all groups of the mesh share
