@@ -12,7 +12,7 @@ GPU_PYTHON ?= python3
 CHECKS ?=
 BENCHES ?=
 
-.PHONY: demo demo-pipeline test test-faults conformance lint bench loss faults compile-matrix test-cuda gpu gpu-check gpu-bench clean
+.PHONY: demo demo-pipeline test test-recipes test-faults conformance lint bench loss faults compile-matrix test-cuda gpu gpu-check gpu-bench clean
 
 demo: $(VENV)/.installed-plot      ## four emulated hosts train a small GPT: plain DDP, bf16, int8+ef, int4+ef
 	$(BIN)/commlib demo $(ARGS)
@@ -25,7 +25,10 @@ loss: $(VENV)/.installed-plot      ## what each scheme costs in held-out loss, p
 
 # Two at a time: the tests wait for peers and timeouts half of their time.
 test: $(VENV)/.warm
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" --ignore=tests/faults --ignore=tests/recipes $(ARGS)
+
+test-recipes: $(VENV)/.installed-recipes   ## every script of tests/recipes, compressed and in fp32
+	COMMLIB_REQUIRE=recipes $(BIN)/python -m pytest tests/recipes $(ARGS)
 
 test-faults: $(VENV)/.installed-dev  ## links cut, ranks stopped and killed, disks filled: an error, then the same losses
 	$(BIN)/python -m pytest tests/faults $(ARGS)
