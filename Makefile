@@ -25,7 +25,7 @@ loss: $(VENV)/.installed-plot      ## what each scheme costs in held-out loss, p
 
 # Two at a time: the tests wait for peers and timeouts half of their time.
 test: $(VENV)/.warm
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" --ignore=tests/faults --ignore=tests/recipes $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" --ignore=tests/recipes $(ARGS)
 
 test-recipes: $(VENV)/.installed-recipes   ## every script of tests/recipes, compressed and in fp32
 	COMMLIB_REQUIRE=recipes $(BIN)/python -m pytest tests/recipes $(ARGS)
