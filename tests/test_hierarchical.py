@@ -20,8 +20,18 @@ from commlib import Communicator, engine, hosts
 from commlib.policy import Policy, Rule, Scheme
 from commlib.transport import ThreadTransport, run_ranks
 from tests.communicators import data, only
+from tests.fake_cuda import FakeCuda, side_streams
 
 SCHEME = "int4+ef@hierarchical"
+
+
+def say_hosts(monkeypatch: pytest.MonkeyPatch, letters: str) -> None:
+    """Rank r, a thread, is on host `letters[r]`."""
+
+    def identity() -> str:
+        return letters[int(threading.current_thread().name.removeprefix("rank"))]
+
+    monkeypatch.setattr(engine, "identity", identity)
 
 
 def on_hosts(
@@ -33,12 +43,9 @@ def on_hosts(
     tagged: bool = True,
     **how: Any,
 ) -> list[Any]:
-    """`body` of a communicator on every rank; rank r is on host `letters[r]`."""
+    """`body` of a communicator on every rank, on hosts as `letters` say."""
 
-    def identity() -> str:
-        return letters[int(threading.current_thread().name.removeprefix("rank"))]
-
-    monkeypatch.setattr(engine, "identity", identity)
+    say_hosts(monkeypatch, letters)
 
     def rank(t: ThreadTransport) -> Any:
         t.tagged = tagged
@@ -91,14 +98,28 @@ def test_lanes_groups_and_stamps_end_with_the_same_bits(
             assert all(torch.equal(a, b) for a, b in zip(mine, its, strict=True))
 
 
+def test_a_stream_of_a_device_is_told_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA the host waits for nothing, and there are groups instead of tags."""
+
+    def body(c: Communicator) -> list[torch.Tensor]:
+        outs = [data(c.rank, numel) for numel in (5000, 300_000, 5000)]
+        for place, x in enumerate(outs):
+            c.all_reduce(x, f"k{place % 2}", factor=0.5)
+        return outs
+
+    want = on_hosts(monkeypatch, "aabab", only(SCHEME), body)
+
+    def on_device(c: Communicator, cuda: FakeCuda) -> list[torch.Tensor]:
+        c.transport.tagged = False
+        return body(c)
+
+    for mine, its in zip(side_streams(5, only(SCHEME), on_device), want, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, its, strict=True))
+
+
 def test_ranks_of_a_sub_group_are_counted_within_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks 0, 2 and 5 of six: the group knows three ranks on two hosts."""
-    letters = "abbaaa"
-    monkeypatch.setattr(
-        engine,
-        "identity",
-        lambda: letters[int(threading.current_thread().name.removeprefix("rank"))],
-    )
+    say_hosts(monkeypatch, "abbaaa")
 
     def rank(t: ThreadTransport) -> Any:
         if t.rank not in (0, 2, 5):
