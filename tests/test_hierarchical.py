@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from commlib import Communicator, engine, hosts
+from commlib import Communicator, hosts, planning
 from commlib.policy import Policy, Rule, Scheme
 from commlib.transport import ThreadTransport, run_ranks
 from tests.communicators import data, only
@@ -31,7 +31,7 @@ def say_hosts(monkeypatch: pytest.MonkeyPatch, letters: str) -> None:
     def identity() -> str:
         return letters[int(threading.current_thread().name.removeprefix("rank"))]
 
-    monkeypatch.setattr(engine, "identity", identity)
+    monkeypatch.setattr(planning, "identity", identity)
 
 
 def on_hosts(

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from commlib import Communicator, engine
+from commlib import Communicator, planning
 from commlib.transport import ThreadTransport, run_ranks
 from tests.communicators import data, only
 from tests.gpu.nccl import DEVICE, needs_gpu, on_gpu, same
@@ -36,7 +36,7 @@ def messages(c: Communicator) -> list[torch.Tensor]:
 
 
 def on_nccl(scheme: str) -> list[torch.Tensor]:
-    engine.identity = lambda: "ab"[dist.get_rank() // 2]
+    planning.identity = lambda: "ab"[dist.get_rank() // 2]
     c = on_gpu(scheme)
     assert c.transport.device.type == DEVICE
     outs = messages(c)

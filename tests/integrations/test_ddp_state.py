@@ -170,7 +170,7 @@ def hook_by_hand() -> None:
 
 
 def refused() -> None:
-    raises(ValueError, "DistributedDataParallel", "Sequential", "FSDP2")(
+    raises(ValueError, "DistributedDataParallel", "Sequential", "fully_shard")(
         lambda: commlib.wrap(mlp(), "int8+ef")
     )
     raises(ValueError, "commlib.wrap")(lambda: commlib.of(DDP(mlp())))
