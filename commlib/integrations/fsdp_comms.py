@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,22 @@ if TYPE_CHECKING:
     from commlib.integrations.fsdp_groups import Group
 
 Base: Any = dist.ProcessGroup  # its stubs have the names of one torch
+# What c10d asks a group written in Python for, in the names of torch 2.11 to 2.13.
+CALLS = (
+    "allgather",
+    "all_gather_single_coalesced",
+    "allgather_into_tensor_coalesced",
+    "allreduce_coalesced",
+    "all_to_all_single",
+    "alltoall_base",
+    "barrier",
+    "broadcast",
+    "reduce_scatter",
+    "reduce_scatter_single_coalesced",
+    "reduce_scatter_tensor_coalesced",
+    "send",
+    "recv",
+)
 
 
 class Comm:
@@ -85,7 +101,9 @@ class AllGather(Comm):
 class Replicas(Base):  # type: ignore[misc]
     """A replica group whose all-reduce of one parameter group's gradients is compressed.
 
-    inner: the mesh's own group, which does everything else.
+    inner: the mesh's own group, which does everything else. It is handed on in Python: what this
+    class left to c10d would be called with the GIL held, for which gloo's thread may wait, with the
+    queue of calls locked, to free the tensors of the last one.
     """
 
     def __init__(self, group: Group, inner: dist.ProcessGroup) -> None:
@@ -112,5 +130,16 @@ class Replicas(Base):  # type: ignore[misc]
         )
         mine.finish(work, late=late)
 
+
+def _handed_on(name: str) -> Callable[..., Any]:
+    def call(self: Replicas, *args: Any, **named: Any) -> Any:
+        return getattr(self.inner, name)(*args, **named)
+
+    return call
+
+
+for _name in CALLS:
+    if hasattr(Base, _name):
+        setattr(Replicas, _name, _handed_on(_name))
 
 OURS = (ReduceScatter, AllGather)

@@ -22,6 +22,7 @@ import torch.distributed as torch_dist
 import commlib.distributed as dist
 from commlib import Communicator
 from commlib.agreement import Agreement
+from commlib.stamp import FIELDS
 from commlib.transport import TorchTransport
 from tests.communicators import data, only
 from tests.processes import Pool
@@ -78,7 +79,8 @@ def changed_message(change: Callable[[torch.Tensor], torch.Tensor]) -> str:
 def test_a_message_that_changed_on_its_way(pool: Pool, change: Any) -> None:
     text = pool.run(changed_message, change, ranks=2)[0]
     assert f"recv from rank {FAULTY} of {N} float32 values as int8" in text
-    assert re.search(r"its (crc32|wire version) is 0x\w+, expected 0x", text), text
+    # Cut, its stamp is read from what lay in the buffer before: any field may be wrong.
+    assert re.search(rf"its ({'|'.join(FIELDS)}) is 0x\w+, expected 0x", text), text
 
 
 # Collectives.

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from commlib.integrations.fsdp_comms import Replicas
+from commlib.integrations.process_group import ProcessGroup
 from tests.integrations import backend_cases as cases
 from tests.integrations import backend_models as models
 from tests.processes import Pool
@@ -85,3 +90,16 @@ def test_ddp_and_a_world_made_again(pool: Pool) -> None:
 
 def test_failures(pool: Pool) -> None:
     pool.run(under, "int8", cases.failures, ranks=2)
+
+
+@pytest.mark.parametrize("group", [ProcessGroup, Replicas])
+def test_no_call_is_left_to_torch_with_the_gil_held(group: type) -> None:
+    """c10d looks for a Python override of these and then makes the call itself, still holding the
+    GIL. gloo's thread frees a call's tensors, for which it needs the GIL, with the queue of calls
+    locked: the two then wait for each other for ever (seen once in some hundred runs)."""
+    headers = Path(torch.__file__).parent / "include" / "torch" / "csrc" / "distributed" / "c10d"
+    source = (headers / "PyProcessGroup.hpp").read_text()
+    group_part = source[source.index("using ProcessGroup::ProcessGroup") :]
+    calls = re.findall(r"Work> (\w+)\(", group_part)
+    assert {"allreduce", "barrier", "send", "recv"} <= {*calls}
+    assert [name for name in calls if name not in vars(group)] == []
