@@ -23,6 +23,7 @@ the pipeline's dimension of a mesh to NCCL (`backend_override`), and wrap its sc
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -50,6 +51,7 @@ AllreduceOptions: Any = c10d.AllreduceOptions
 Base: Any = dist.ProcessGroup  # its stubs have the names of one torch
 
 PREMUL_SUM = ReduceOp.PREMUL_SUM
+FREEING_SECONDS = 0.02  # gloo's threads need microseconds, once they have the GIL
 # The names of calls since torch 2.13, and before.
 REDUCE_SCATTER = ("reduce_scatter_single", "_reduce_scatter_base")
 REDUCE_SCATTER_COALESCED = ("reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced")
@@ -257,6 +259,10 @@ class ProcessGroup(Base):  # type: ignore[misc]
         groups.stop(self)
         p2p.forget(self)
         super().shutdown()
+        if GLOO in self.inner_backends.values():
+            # A DDP model that goes after this destroys gloo with the GIL held and waits for its
+            # threads; one of them may still want the GIL, to free the last call. It gets it here.
+            time.sleep(FREEING_SECONDS)
 
     def getBackendName(self) -> str:
         return NAME

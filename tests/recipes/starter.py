@@ -59,7 +59,9 @@ def fork(script: str, rank: int, ranks: int, port: int, policy: str) -> int:
             "COMMLIB_POLICY": policy,
         }
         faulthandler.dump_traceback_later(float(os.environ.get("HANGS_AFTER", "280")), exit=True)
-        runpy.run_path(script, run_name="__main__")
+        # Kept: as in a script of its own, the model is not freed before the process ends. torch
+        # frees a DDP model's gloo with the GIL held, and its threads may wait for that.
+        _left = runpy.run_path(script, run_name="__main__")
         sys.stdout.flush()
     except BaseException:
         traceback.print_exc()
