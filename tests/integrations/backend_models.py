@@ -140,6 +140,20 @@ def policy_is_found_and_changed() -> None:
     dist.destroy_process_group(group)
 
 
+def auto_measures_once_and_is_right() -> None:
+    """Without a policy: the first large tensor measures the group, then every call is as chosen."""
+    mean = torch.linspace(-1, 1, 1 << 18)
+    for _ in range(3):
+        x = mean * (dist.get_rank() + 1)
+        dist.all_reduce(x, op=dist.ReduceOp.AVG)
+        expected = mean * (dist.get_world_size() + 1) / 2
+        assert (x - expected).norm() < 0.02 * expected.norm()
+    chosen = groups.communicator(groups.member(None), x.device).policy
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, chosen.digest())
+    assert len(set(everywhere)) == 1
+
+
 def meshes() -> None:
     """Under gloo with 4 ranks: one dimension of a mesh over commlib, the other over gloo."""
     options = commlib.Options("int8")

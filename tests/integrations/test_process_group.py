@@ -84,6 +84,10 @@ def test_policy_of_a_new_group(pool: Pool) -> None:
     pool.run(under, None, models.policy_is_found_and_changed, ranks=3)
 
 
+def test_without_a_policy(pool: Pool) -> None:
+    pool.run(under, None, models.auto_measures_once_and_is_right, ranks=2)
+
+
 def test_ddp_and_a_world_made_again(pool: Pool) -> None:
     pool.run(each, models.ddp_has_gloos_gradients, models.once_more, ranks=3)
 
