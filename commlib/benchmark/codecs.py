@@ -151,7 +151,8 @@ def warmup(codecs: Sequence[str] = ()) -> list[Callable[[], object]]:
     ready = [c for text in codecs or tuple(CODECS) for c in roundings(codec(text))]
     steps = [step(c, dtype) for c in ready for dtype in dtypes]
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    return steps + [cuda_step(c, device) for c in ready for device in devices]
+    on_cuda = [c for c in ready if c.format.on_cuda]
+    return steps + [cuda_step(c, device) for c in on_cuda for device in devices]
 
 
 def _measure(c: Codec, x: torch.Tensor, bench: CodecBench) -> list[CodecRow]:

@@ -1,21 +1,25 @@
-"""Codecs: values that turn tensors into bytes. The table below is all of them.
+"""Codecs: values that turn tensors into bytes. The tables below are all of them.
 
 >>> codec("int4:block=64")
 Int(bits=4, block=64, round=None)
+>>> codec("rotate|eden2")
+Rotated(inner=Eden(bits=2, block=1024, scale='fit'), seed=0)
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import partial
 
 from commlib.codecs.base import Codec, Round
 from commlib.codecs.cast import BF16, FP8, FP16, FP32
+from commlib.codecs.codebook import NF4, Eden
+from commlib.codecs.rotation import Rotated
 from commlib.codecs.sign import Natural, Sign, Ternary
 from commlib.codecs.uniform import QSGD, Int
 
-__all__ = ["BF16", "CODECS", "FP8", "FP16", "FP32", "QSGD", "Codec", "Int", "Natural", "Round"]
-__all__ += ["Sign", "Ternary", "codec"]
+__all__ = ["BF16", "CODECS", "FP8", "FP16", "FP32", "NF4", "QSGD", "STAGES", "Codec", "Eden"]
+__all__ += ["Int", "Natural", "Rotated", "Round", "Sign", "Ternary", "codec"]
 
 CODECS: dict[str, Callable[..., Codec]] = {
     "fp32": FP32,
@@ -27,29 +31,43 @@ CODECS: dict[str, Callable[..., Codec]] = {
     "ternary": Ternary,
     "qsgd": QSGD,
     "natural": Natural,
+    **{f"eden{bits}": partial(Eden, bits) for bits in range(4, 0, -1)},
+    "nf4": NF4,
 }
 """The name in scheme texts -> constructor, one line per codec."""
 
+STAGES: dict[str, Callable[..., Codec]] = {"rotate": Rotated}
+"""What stands before a ``|``: it takes the codec behind it as its argument."""
+
 
 def codec(text: str) -> Codec:
-    """The codec that a text names: ``NAME[:option=value]*``, e.g. ``int4:block=64``.
+    """The codec that a text names: ``{STAGE|}NAME[:option=value]*``, e.g. ``int4:block=64``.
 
     Raises:
         ValueError: the name or an option is unknown, or a value is not allowed; says what is.
     """
+    front, bar, behind = text.strip().partition("|")
+    if not bar:
+        return _made(front, CODECS, "codec")
+    inner = codec(behind)
+    return _made(front, {name: partial(make, inner) for name, make in STAGES.items()}, "stage")
+
+
+def _made(text: str, table: Mapping[str, Callable[..., Codec]], what: str) -> Codec:
     name, *given = text.strip().split(":")
-    if name not in CODECS:
-        raise ValueError(f"codec {name!r} does not exist{_hint(name, CODECS)}")
-    make = CODECS[name]
-    # The name already says the bits of int8 .. int2.
-    allowed = [f.name for f in fields(make()) if f.name != "bits"]
+    if name not in table:
+        raise ValueError(f"{what} {name!r} does not exist{_hint(name, table)}")
+    # The name already says the bits of int8 .. int2, and the inner codec stands behind the bar.
+    allowed = [f.name for f in fields(table[name]()) if f.name not in ("bits", "inner")]
     values: dict[str, object] = {}
     for option in given:
         key, equals, value = option.partition("=")
         if not equals or key not in allowed:
-            raise ValueError(f"codec {name!r}: option {option!r} is not known{_hint(key, allowed)}")
+            raise ValueError(
+                f"{what} {name!r}: option {option!r} is not known{_hint(key, allowed)}"
+            )
         values[key] = int(value) if value.lstrip("-").isdigit() else value
-    return make(**values)
+    return table[name](**values)
 
 
 def _hint(got: str, allowed: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
 """What the bytes of one message mean: the parameters of a wire format, as a value.
 
-A format is all that a backend needs to know of a codec. Five kinds exist:
+A format is all that a backend needs to know of a codec. These kinds exist:
 
 ======== ================================================= ====================== ===========
 kind     code of an element                                scale of a block       value
@@ -11,14 +11,21 @@ uniform  integer in [-levels, levels], two's complement     absmax or l2 / level
 fp8      e4m3 (no infinities)                               absmax / 448           code * scale
 sign     1 if negative                                      mean of |v|            +-scale
 natural  sign and exponent (9 bits)                         none                   +-2^e
+gauss    number of its value in a table of 2^bits, +- alike fit, unbiased          table * scale
+table    the same, of any 16 values                         absmax                 table * scale
 ======== ================================================= ====================== ===========
+
+Where `rotate` is set, blocks are rotated before they are coded and back after they are decoded
+(`rotation.py`).
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["raw", "fp16", "bf16", "uniform", "fp8", "sign", "natural"]
-ScaleRule = Literal["none", "absmax", "l2", "mean"]
+from commlib_kernels.tables import TABLES
+
+Kind = Literal["raw", "fp16", "bf16", "uniform", "fp8", "sign", "natural", "gauss", "table"]
+ScaleRule = Literal["none", "absmax", "l2", "mean", "fit", "unbiased"]
 
 PLANES = (8, 4, 2, 1)
 """Bits of the planes that a code is split into, lowest bits first (Flash Communication V2)."""
@@ -40,6 +47,20 @@ class Format:
     per_segment: bool = False
     """One scale for a whole segment instead of one per block; blocks only group the packing."""
     stochastic: bool = False
+    table: str = ""
+    """Of the kinds gauss and table: its name in `tables.TABLES`."""
+    rotate: int | None = None
+    """Seed of the signs of the rotation; None: there is none."""
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether there are CUDA kernels for it: none yet for tables and rotations."""
+        return not self.table and self.rotate is None
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The values of a table's codes, ascending."""
+        return TABLES[self.table]
 
     @property
     def align(self) -> int:

@@ -237,6 +237,11 @@ def _template(
     hold: tuple[int, ...],
     rates: tuple[float, float, float],
 ) -> tuple[npt.NDArray[np.int64], Pieces]:
+    if not fmt.on_cuda:
+        raise ValueError(
+            f"there are no CUDA kernels for {'codebooks' if fmt.table else 'rotations'} "
+            "yet (rotate|, eden1 to eden4, nf4): take int2 to int8, fp8 or sign on GPUs"
+        )
     found = _on_device(layout, fmt, owner, keys, hold, device)
     call = np.zeros(1, STRUCT)
     call["pieces"], call["piece_count"] = found.table.data_ptr(), len(found.table)

@@ -66,3 +66,30 @@ def lanes(tag: Tag, segment: int, base: int, rows: int, width: int) -> npt.NDArr
     low = [w & np.uint64(0xFFFF) for w in words]
     high = [w >> np.uint64(16) for w in words]
     return np.concatenate(low + high, axis=1)
+
+
+SIGNS_RANK, SIGNS_KEY = 0xFFFFFFFF, 0x726F7461
+"""Counter word and key of the signs of rotations: streams that no message draws from."""
+
+
+def signs(seed: int, start: int, count: int) -> npt.NDArray[np.bool_]:
+    """Which of `count` elements of a segment, from `start` on, a rotation negates.
+
+    Four calls, 4 g to 4 g + 3, give the 16 words of a group of 512 elements: bit b of word w is
+    that of element ``512 g + 16 b + w``.
+    """
+    first, last = start // 512, -(-(start + count) // 512)
+    groups = np.arange(4 * first, 4 * last, dtype=np.uint64)
+    words = philox(
+        (
+            groups & _MASK,
+            groups >> _HIGH,
+            np.zeros_like(groups),
+            np.full_like(groups, SIGNS_RANK),
+        ),
+        (seed_word(seed), SIGNS_KEY),
+    )
+    rows = np.stack(words, axis=1).reshape(-1, 1, 16)
+    bits = rows >> np.arange(32, dtype=np.uint64)[:, None] & np.uint64(1)
+    flat: npt.NDArray[np.bool_] = bits.reshape(-1).astype(np.bool_)
+    return flat[start % 512 :][:count]

@@ -14,6 +14,8 @@ u32, u64, i32, f32 = np.uint32, np.uint64, np.int32, np.float32
 
 HUGE = u32(0x7E800000)
 """2^126: a block with a larger maximum is not representable (1 / scale would be subnormal)."""
+HUGE_ROTATED = u32(0x78800000)
+"""2^114: the same of a rotated block, of whose values 4096 are added."""
 TINY = u32(0x0D800000)
 """2^-100: a block with a smaller maximum counts as zero."""
 BAD_SCALE = u32(0x7FC0)

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from commlib.codecs import CODECS as TABLE
-from commlib.codecs import FP32, Int, Ternary, codec
+from commlib.codecs import FP32, STAGES, Int, Ternary, codec
 from commlib_kernels import Layout, Tag
-from tests.contract import CODECS, check_codec, data, decoded, encoded, round_trip, same
+from tests.contract import CODECS as ON_ALL
+from tests.contract import CPU_CODECS, check_codec, data, decoded, encoded, round_trip, same
 
+CODECS = ON_ALL + CPU_CODECS
 LOSSY = [text for text in CODECS if text != "fp32"]
 SCALED = [t for t in LOSSY if codec(t).format.scale != "none"]
 RANDOM = [t for t in CODECS if codec(t).unbiased and t != "fp32"]
@@ -23,7 +25,8 @@ def test_contract(text: str) -> None:
 
 
 def test_the_tables_name_the_same_codecs() -> None:
-    assert {text.partition(":")[0] for text in CODECS} == set(TABLE)
+    parts = {part.partition(":")[0] for text in CODECS for part in text.split("|")}
+    assert parts == {*TABLE, *STAGES}
 
 
 @pytest.mark.parametrize("text", CODECS)
@@ -31,7 +34,7 @@ def test_text_and_pickle_round_trip(text: str) -> None:
     c = codec(text)
     assert str(c) == text
     assert pickle.loads(pickle.dumps(c)) == c
-    assert c.id == text.partition(":")[0]
+    assert c.id == "|".join(part.partition(":")[0] for part in text.split("|"))
 
 
 def test_default_options_are_not_written() -> None:
@@ -160,7 +163,7 @@ def test_t23_zeros_stay_zeros(text: str) -> None:
     assert encoded(c, x).eq(0).all()
 
 
-@pytest.mark.parametrize("text", [text for text in SCALED if text not in RANDOM])
+@pytest.mark.parametrize("text", [t for t in SCALED if t not in RANDOM and "rotate" not in t])
 def test_t24_padding_does_not_join_the_scale(text: str) -> None:
     """A block of 9 equal elements decodes as a full block of them does."""
     c = codec(text)
@@ -220,7 +223,11 @@ def test_t31_blocks_restart_at_each_parameter(text: str) -> None:
 def test_t32_scales_have_the_range_of_fp32(text: str) -> None:
     for size in (1e-12, 1e12, 1e30):
         q = round_trip(text, torch.full((256,), size))
-        if not codec(text).unbiased:
+        if "rotate" in text:  # equal elements are no longer equal, and ties go either way
+            assert float((q / size).norm()) == pytest.approx(
+                float(round_trip(text, torch.ones(256)).norm()), rel=0.2
+            )
+        elif not codec(text).unbiased:
             torch.testing.assert_close(q, torch.full((256,), size), rtol=0.01, atol=0)
         assert q.isfinite().all()
         assert q.ne(0).any()

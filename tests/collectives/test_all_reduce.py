@@ -35,6 +35,9 @@ CODECS = (
     "ternary",
     "qsgd:levels=4:norm=l2",
     "natural",
+    "eden2:block=32",
+    "rotate|int4",
+    "rotate|eden2:block=128",
 )
 # The host of each rank, for the algorithm that knows hosts: uneven ones, and ranks that alternate.
 HOSTS = {1: "a", 2: "ab", 3: "aab", 4: "abab", 7: "aabcbcb"}
@@ -124,7 +127,7 @@ def test_every_element_is_covered_once(name: str, numel: int, size: int) -> None
 
 
 @pytest.mark.parametrize("name", ["two_phase", "hierarchical"])
-@pytest.mark.parametrize("text", ["int4", "int8:round=stochastic", "bf16"])
+@pytest.mark.parametrize("text", ["int4", "int8:round=stochastic", "bf16", "rotate|eden3"])
 def test_slices_change_nothing(text: str, name: str) -> None:
     xs = inputs(3, 20_000)
     layout = Layout((7000, 12_000, 1000))

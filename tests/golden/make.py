@@ -29,13 +29,16 @@ GOLDEN = {
         *("qsgd", "qsgd:levels=7:norm=max", "qsgd:levels=2:block=tensor"),
     ],
     "sign": ["sign", "sign:block=tensor", "ternary", "natural", "natural:round=nearest"],
+    "codebook": ["eden4", "eden3:block=64", "eden2:scale=unbiased", "eden1", "nf4"],
+    "rotation": ["rotate|int4", "rotate:seed=5|eden2:block=128", "rotate|eden4:block=256"],
 }
 """Module in commlib/codecs -> texts."""
 
 
 def path(method: str, text: str) -> Path:
     """The file of one format."""
-    return HERE / method / f"{text.replace(':', '-').replace('=', '_')}.bin"
+    name = text.replace(":", "-").replace("=", "_").replace("|", "+")
+    return HERE / method / f"{name}.bin"
 
 
 def numbers(step: int) -> torch.Tensor:

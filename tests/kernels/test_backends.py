@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from commlib.codecs import codec
-from commlib_kernels import Layout, reference
+from commlib_kernels import Layout, Tag, nbytes, reference
 from tests.contract import (
     CODECS,
+    CPU_CODECS,
     DTYPES,
     Case,
     backends,
@@ -19,10 +20,11 @@ from tests.contract import (
 )
 
 FAST = [name for name in backends() if name != "reference"]
+PAIRS = [(name, text) for name in FAST for text in CODECS]
+PAIRS += [("numba_cpu", text) for text in CPU_CODECS]
 
 
-@pytest.mark.parametrize("text", CODECS)
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize(("name", "text"), PAIRS)
 class TestSameBytes:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_of_every_kind_of_data_and_length(
@@ -36,6 +38,16 @@ class TestSameBytes:
         candidate = require(name)
         for case in cases_of_shape(codec(text).format):
             check_backend(candidate, reference, case)
+
+
+@pytest.mark.parametrize("text", CPU_CODECS)
+def test_what_cuda_lacks_is_refused(text: str) -> None:
+    backend, fmt = require("cuda_host"), codec(text).format
+    assert not fmt.on_cuda
+    layout = Layout((fmt.block,), align=fmt.align)
+    wire = torch.zeros(nbytes(layout, fmt), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"no CUDA kernels for .* take int2 to int8"):
+        backend.quantize(fmt, torch.ones(fmt.block), wire, layout, Tag())
 
 
 def test_a_missing_backend_fails_where_it_is_required(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,9 @@ from commlib_kernels import raw
 from commlib_kernels.formats import Format
 from commlib_kernels.layout import Layout, stride, table
 from commlib_kernels.memory import Memory
-from commlib_kernels.numba_cpu import kernels, strips
+from commlib_kernels.numba_cpu import gauss, kernels, strips, tables
 from commlib_kernels.numba_cpu.jit import cache_dir
+from commlib_kernels.numba_cpu.ops import ops, scratch
 from commlib_kernels.philox import seed_word
 from commlib_kernels.tag import Tag
 
@@ -38,6 +39,8 @@ _RULES = {
     "l2": strips.L2,
     "mean": strips.MEAN,
     "none": strips.UNSCALED,
+    "fit": strips.FITTED,
+    "unbiased": strips.UNBIASED,
 }
 
 
@@ -55,7 +58,7 @@ def quantize(
         call = _Call(fmt, table(layout, fmt), x)
         call.a[kernels.WIRE] = wire.data_ptr()
         call.code(layout, tag, memory)
-        call.run(kernels.ops(fmt.kind).quantize)
+        call.run(ops(fmt).quantize)
 
 
 def dequantize(
@@ -67,7 +70,7 @@ def dequantize(
         call = _Call(fmt, table(layout, fmt), out)
         call.a[kernels.WIRE] = wire.data_ptr()
         call.a[kernels.ADD] = add
-        call.run(kernels.ops(fmt.kind).dequantize)
+        call.run(ops(fmt).dequantize)
 
 
 def reduce(
@@ -96,7 +99,7 @@ def reduce(
     if not dense:
         call.a[kernels.WIRE] = out.data_ptr()
         call.code(layout, tag, memory)
-    call.run(kernels.ops(fmt.kind).reduce)
+    call.run(ops(fmt).reduce)
 
 
 class _Call:
@@ -115,7 +118,12 @@ class _Call:
         self.a[kernels.BLOCK : kernels.STOCHASTIC + 1] = [
             fmt.block, fmt.bits, _RULES[fmt.scale], fmt.per_segment, fmt.stochastic
         ]  # fmt: skip
-        self.a[kernels.SCRATCH :] = kernels.scratch()
+        self.a[kernels.SCRATCH :] = scratch()
+        if fmt.rotate is not None:
+            self.a[kernels.ROTATED], self.a[kernels.ROTATION] = True, seed_word(fmt.rotate)
+        if fmt.table:
+            numbers = (gauss if fmt.kind == "gauss" else tables).numbers(fmt.table)
+            self.a[kernels.TABLE] = numbers.ctypes.data
         self.f[kernels.LEVELS] = 448 if fmt.kind == "fp8" else fmt.levels
 
     def code(self, layout: Layout, tag: Tag, memory: Memory | None) -> None:

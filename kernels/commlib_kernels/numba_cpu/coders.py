@@ -1,9 +1,10 @@
 """What the kinds of formats do with a strip: code it, pack it, unpack it; what a code means.
 
-A coder is four functions. ``code(v, nb, width, s, levels, stochastic, r, q)`` fills the codes q
-(zeros where the block's scale is 0 or NaN), ``pack(q, nb, width, bits, wire, words, c)`` and
-``unpack(wire, words, c, nb, width, bits, q)`` move them to and from byte c of the wire, and
-``value(code, scale)`` is the value of one code. `words` is the wire seen as 16-bit words.
+A coder is five functions. ``code(v, nb, width, s, levels, stochastic, r, table, q)`` fills the
+codes q (zeros where the block's scale is 0 or NaN), ``pack(q, nb, width, bits, wire, words, c)``
+and ``unpack(wire, words, c, nb, width, bits, q)`` move them to and from byte c of the wire, and
+``value(code, scale, constants(table))`` is the value of one code. `words` is the wire seen as
+16-bit words.
 """
 
 from collections.abc import Callable
@@ -32,6 +33,7 @@ class Coder(NamedTuple):
     unpack: Callable[..., Any]
     value: Callable[..., Any]
     codes: Any
+    constants: Callable[..., Any]
 
 
 @inlined
@@ -163,7 +165,7 @@ def uniform_stochastic(v, o, n, inv, low, high, r, q):
 
 
 @loop
-def uniform_code(v, nb, width, s, levels, stochastic, r, q):
+def uniform_code(v, nb, width, s, levels, stochastic, r, table, q):
     """One reciprocal per block: a division per element costs a quarter of the speed."""
     low, high = i32(-levels), i32(levels)
     for b in range(nb):
@@ -217,7 +219,7 @@ def uniform_unpack(wire, words, c, nb, width, nbits, q):
 
 
 @inlined
-def uniform_value(code, scale):
+def uniform_value(code, scale, c):
     """code * scale: exact, 8 bits times 8 bits."""
     return f32(code) * scale
 
@@ -226,7 +228,7 @@ def uniform_value(code, scale):
 
 
 @loop
-def fp8_code(v, nb, width, s, levels, stochastic, r, q):
+def fp8_code(v, nb, width, s, levels, stochastic, r, table, q):
     """e4m3 of v / scale."""
     for b in range(nb):
         o = b * width
@@ -262,7 +264,7 @@ def fp8_unpack(wire, words, c, nb, width, nbits, q):
 
 
 @inlined
-def fp8_value(code, scale):
+def fp8_value(code, scale, c):
     """e4m3 value times scale: exact, 4 bits times 8 bits."""
     return e4m3_value(code) * scale
 
@@ -271,7 +273,7 @@ def fp8_value(code, scale):
 
 
 @loop
-def sign_code(v, nb, width, s, levels, stochastic, r, q):
+def sign_code(v, nb, width, s, levels, stochastic, r, table, q):
     """1 where the sign bit is set."""
     for b in range(nb):
         o = b * width
@@ -296,7 +298,7 @@ def sign_unpack(wire, words, c, nb, width, nbits, q):
 
 
 @inlined
-def sign_value(code, scale):
+def sign_value(code, scale, c):
     """+-scale."""
     return floats(bits(scale) ^ (u32(code) << u32(31)))
 
@@ -305,7 +307,7 @@ def sign_value(code, scale):
 
 
 @loop
-def natural_code(v, nb, width, s, levels, stochastic, r, q):
+def natural_code(v, nb, width, s, levels, stochastic, r, table, q):
     """Exponent in 8 bits, sign in the ninth."""
     if stochastic:
         h = width // U(2)
@@ -334,7 +336,7 @@ def natural_unpack(wire, words, c, nb, width, nbits, q):
 
 
 @inlined
-def natural_power(code, scale):
+def natural_power(code, scale, c):
     """+-2^e."""
     return natural_value(code)
 
@@ -359,37 +361,43 @@ def word_unpack(wire, words, c, nb, width, nbits, q):
 
 
 @loop
-def bf16_code(v, nb, width, s, levels, stochastic, r, q):
+def bf16_code(v, nb, width, s, levels, stochastic, r, table, q):
     """Nearest even."""
     for i in range(nb * width):
         q[i] = u16(bf16_nearest(v[i]))
 
 
 @inlined
-def bf16_cast(code, scale):
+def bf16_cast(code, scale, c):
     """The value of bf16 bits."""
     return bf16_value(code)
 
 
 @loop
-def fp16_code(v, nb, width, s, levels, stochastic, r, q):
+def fp16_code(v, nb, width, s, levels, stochastic, r, table, q):
     """Nearest even."""
     for i in range(nb * width):
         q[i] = u16(fp16_nearest(v[i]))
 
 
 @inlined
-def fp16_cast(code, scale):
+def fp16_cast(code, scale, c):
     """The value of fp16 bits."""
     return fp16_value(code)
 
 
+@inlined
+def nothing(table):
+    """No constants."""
+    return f32(0)
+
+
 CODERS: dict[str, Coder] = {
-    "uniform": Coder(uniform_code, uniform_pack, uniform_unpack, uniform_value, np.int8),
-    "fp8": Coder(fp8_code, fp8_pack, fp8_unpack, fp8_value, np.uint8),
-    "sign": Coder(sign_code, sign_pack, sign_unpack, sign_value, np.uint8),
-    "natural": Coder(natural_code, natural_pack, natural_unpack, natural_power, np.uint16),
-    "bf16": Coder(bf16_code, word_pack, word_unpack, bf16_cast, np.uint16),
-    "fp16": Coder(fp16_code, word_pack, word_unpack, fp16_cast, np.uint16),
+    "uniform": Coder(uniform_code, uniform_pack, uniform_unpack, uniform_value, np.int8, nothing),
+    "fp8": Coder(fp8_code, fp8_pack, fp8_unpack, fp8_value, np.uint8, nothing),
+    "sign": Coder(sign_code, sign_pack, sign_unpack, sign_value, np.uint8, nothing),
+    "natural": Coder(natural_code, natural_pack, natural_unpack, natural_power, np.uint16, nothing),
+    "bf16": Coder(bf16_code, word_pack, word_unpack, bf16_cast, np.uint16, nothing),
+    "fp16": Coder(fp16_code, word_pack, word_unpack, fp16_cast, np.uint16, nothing),
 }
 """Kind of a format -> its coder."""

@@ -1,43 +1,35 @@
 """The three ops as loops over pieces and strips of blocks.
 
-The functions without a decorator are templates: `ops` binds a coder's `code`, `pack`, `unpack` and
-`value`, and `Q`, the dtype of its codes, and compiles them.
+The functions without a decorator are templates: `ops.py` binds a coder's `code`, `pack`, `unpack`,
+`value` and `constants`, and `Q`, the dtype of its codes, and compiles them. Where blocks are
+rotated, `emit` does so before coding, and sums of ranks are taken before they are rotated back.
 
 Their arguments are four arrays, because unpacking forty costs more than a small message: `a` holds
-integers and addresses, `f` numbers, `table` the pieces (layout.py), and `segments` the random
+integers and addresses, `f` numbers, `rows` the pieces (layout.py), and `segments` the random
 stream and the hold mark of each segment.
 """
 
-import threading
-from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from commlib_kernels.layout import Piece
-from commlib_kernels.numba_cpu.coders import CODERS
-from commlib_kernels.numba_cpu.jit import (
-    at,
-    entry,
-    floats,
-    inlined,
-    loop,
-    specialise,
-)
+from commlib_kernels.numba_cpu import rotation
+from commlib_kernels.numba_cpu.jit import at, floats, loop
 from commlib_kernels.numba_cpu.quick import quick
 from commlib_kernels.numba_cpu.strips import (
     ABSMAX,
     FP32,
     LANES,
-    MAX_BLOCK,
     NONE,
     RUN,
     STRIP,
     STRIP_KEEPING,
+    UNBIASED,
     UNSCALED,
     U,
     absmax,
+    add,
     add_and_scale,
     add_scaled,
     bf16_value,
@@ -56,7 +48,7 @@ from commlib_kernels.numba_cpu.strips import (
     store_residual,
     write_scales,
 )
-from commlib_kernels.scalar import NAN
+from commlib_kernels.scalar import HUGE, HUGE_ROTATED, NAN
 
 u8, u16, u32, i8, i64, f32, f64 = (
     np.uint8, np.uint16, np.uint32, np.int8, np.int64, np.float32, np.float64,
@@ -67,22 +59,28 @@ OFFSET, NUMEL, CODE, SCALE, BASE, SEGMENT, EXACT, MEMORY, MEMORY_BLOCK, GROUP = 
     len(Piece._fields)
 )
 
-# Integers in `a`. GROUPS and SCRATCH are the first of 5 and 7 addresses.
+# Integers in `a`. GROUPS and SCRATCH are the first of 5 and 10 addresses.
 (X, DTYPE, WIRE, WIRES, COUNT, STRIDE, DENSE, ADD, RESIDUAL, MEMORY_KIND, RESIDUAL_SCALES, BLOCK,
- BITS, RULE, SHARED, STOCHASTIC, STEP, RANK, SEED, GROUP_COUNT, GROUPS) = range(21)  # fmt: skip
+ BITS, RULE, SHARED, STOCHASTIC, STEP, RANK, SEED, ROTATED, ROTATION, TABLE,
+ GROUP_COUNT, GROUPS,
+) = range(24)  # fmt: skip
 SCRATCH = GROUPS + 5
-ARGUMENTS = SCRATCH + 7
+ARGUMENTS = SCRATCH + 10
 
 # Numbers in `f`.
 LEVELS, FACTOR, ALPHA, CARRY, OMEGA = range(5)
 
-# Bound by `ops`; named here so that the templates read as what they are.
+# Bound by `ops.py`; named here so that the templates read as what they are.
 code: Any = None
 pack: Any = None
 unpack: Any = None
 value: Any = None
 Q: Any = None
 QUICK: Any = None
+FIT: Any = None
+constants: Any = None
+fit: Any = None
+forward, backward, backward_to = rotation.forward, rotation.backward, rotation.backward_to
 
 
 # ---- one scale per segment: a first pass over all of it ---------------------------------------
@@ -115,44 +113,47 @@ def finish_groups(a, levels):
         if counts[g] % RUN != U(0):
             runs[(counts[g] // RUN) % LANES] += lane_total(lanes)
         total = lane_total(runs)
-        scales[g] = bf16_value(scale_of(peaks[g], total, counts[g], a[RULE], levels))
+        scales[g] = bf16_value(scale_of(peaks[g], HUGE, total, counts[g], a[RULE], levels))
 
 
 # ---- templates over a strip -------------------------------------------------------------------
 
 
-def spread(q, nb, width, s, v):
+def spread(q, nb, width, s, table, v):
     """v = decoded."""
+    c = constants(table)
     for b in range(nb):
         o = b * width
         if s[b] == s[b]:
             for i in range(width):
-                v[o + i] = value(q[o + i], s[b])
+                v[o + i] = value(q[o + i], s[b], c)
         else:
             for i in range(width):
                 v[o + i] = floats(NAN)
 
 
-def accumulate(q, nb, width, s, v):
+def accumulate(q, nb, width, s, table, v):
     """v += decoded."""
+    c = constants(table)
     for b in range(nb):
         o = b * width
         if s[b] == s[b]:
             for i in range(width):
-                v[o + i] += value(q[o + i], s[b])
+                v[o + i] += value(q[o + i], s[b], c)
         else:
             for i in range(width):
                 v[o + i] = floats(NAN)
 
 
-def renew(q, nb, width, n, s, v, h, carry, omega, unscaled):
+def renew(q, nb, width, n, s, table, v, h, carry, omega, unscaled):
     """h = carry h + omega (v - decoded); 0 in zero blocks; as it was where that is not finite."""
+    c = constants(table)
     for b in range(nb):
         o = b * width
         last = min(o + width, n)
         if unscaled:
             for i in range(o, last):
-                e = omega * (v[i] - value(q[i], s[b]))
+                e = omega * (v[i] - value(q[i], s[b], c))
                 if carry != f32(0):
                     e = carry * h[i] + e
                 h[i] = e if abs(e) <= f32(3.4028235e38) else h[i]
@@ -161,10 +162,27 @@ def renew(q, nb, width, n, s, v, h, carry, omega, unscaled):
                 h[i] = f32(0)
         elif s[b] == s[b] and carry == f32(0):
             for i in range(o, last):
-                h[i] = omega * (v[i] - value(q[i], s[b]))
+                h[i] = omega * (v[i] - value(q[i], s[b], c))
         elif s[b] == s[b]:
             for i in range(o, last):
-                h[i] = carry * h[i] + omega * (v[i] - value(q[i], s[b]))
+                h[i] = carry * h[i] + omega * (v[i] - value(q[i], s[b], c))
+
+
+@loop
+def renew_rotated(nb, width, n, s, v, decoded, h, carry, omega):
+    """As `renew`, from what was decoded and rotated back."""
+    for b in range(nb):
+        o = b * width
+        last = min(o + width, n)
+        if s[b] == f32(0):
+            for i in range(o, last):
+                h[i] = f32(0)
+        elif s[b] == s[b] and carry == f32(0):
+            for i in range(o, last):
+                h[i] = omega * (v[i] - decoded[i])
+        elif s[b] == s[b]:
+            for i in range(o, last):
+                h[i] = carry * h[i] + omega * (v[i] - decoded[i])
 
 
 def emit(
@@ -172,14 +190,16 @@ def emit(
 ):  # fmt: skip
     """Add the residual to strip `g`, code it into the wire, renew the residual."""
     block, nbits, rule = U(a[BLOCK]), U(a[BITS]), a[RULE]
-    kind = a[MEMORY_KIND]
+    kind, table = a[MEMORY_KIND], at(a[TABLE], f32)
     remember = kind != NONE and segments[1, piece[SEGMENT]] == u32(0)
     place = U(piece[MEMORY]) + start
     place_block = U(piece[MEMORY_BLOCK]) + start // block
     h16 = at(a[RESIDUAL], u16)
     h8, hs = at(a[RESIDUAL], i8), at(a[RESIDUAL_SCALES], u16)
     whole = n == nb * width
-    fused = remember and kind == FP32 and rule == ABSMAX and whole and not a[SHARED]
+    fused = (
+        not a[ROTATED] and remember and kind == FP32 and rule == ABSMAX and whole and not a[SHARED]
+    )
     if remember:
         if kind == FP32:  # is renewed where it is; others are unpacked to scratch and back
             h = at(a[RESIDUAL] + i64(4) * i64(place), f32)
@@ -191,35 +211,54 @@ def emit(
             add_scaled(g, f[ALPHA], h, n, nb * width, v)
     else:
         v = g
+    y, real, huge = v, n, HUGE  # what is coded
+    signs, other = at(a[SCRATCH + 7], u32), at(a[SCRATCH + 8], f32)
+    position = U(piece[BASE]) + start
+    if a[ROTATED]:
+        y, real = at(a[SCRATCH + 9], f32), nb * width  # padding is rotated as well
+        huge = HUGE_ROTATED
+        forward(v, nb, width, position, u32(a[ROTATION]), signs, y, other)
     if stage == 0:
         gather(v, n, rule, U(piece[GROUP]), a)
     else:
         if rule == UNSCALED:
             same_scale(f32(1), nb, s)
+        elif FIT:
+            more = at(a[SCRATCH + 2], f32)  # random words, of which these kinds have none
+            fit(y, nb, width, real, huge, rule == UNBIASED, table, other, more, s, q)
+            write_scales(s, nb, words, U(piece[SCALE]) // U(2) + start // block)
         elif a[SHARED]:
             same_scale(at(a[GROUPS + 4], f32)[piece[GROUP]], nb, s)
             if start == U(0):
                 write_scales(s, U(1), words, U(piece[SCALE]) // U(2))
         else:
             if not fused:
-                find_scales(v, nb, width, n, rule, f[LEVELS], lanes, s)
+                find_scales(y, nb, width, real, huge, rule, f[LEVELS], lanes, s)
             write_scales(s, nb, words, U(piece[SCALE]) // U(2) + start // block)
         if a[STOCHASTIC]:
-            group = (U(piece[BASE]) + start) // U(8)
+            group = position // U(8)
             key = segments[0, piece[SEGMENT]]
             random_words(r, nb, width, group, u32(a[STEP]), u32(a[RANK]), u32(a[SEED]), key)
         c = U(piece[CODE]) + start * nbits // U(8)
-        simple = not remember or (kind == FP32 and f[CARRY] == f32(0))
+        simple = not remember or (not a[ROTATED] and kind == FP32 and f[CARRY] == f32(0))
         if QUICK and simple and (nbits == U(4) or nbits == U(8)) and whole:
             quick(
-                v, nb, width, s, f[LEVELS], a[STOCHASTIC] != 0, r, a[BITS], wire, c, h, remember,
+                y, nb, width, s, f[LEVELS], a[STOCHASTIC] != 0, r, a[BITS], wire, c, h, remember,
                 f[OMEGA],
             )  # fmt: skip
         else:
-            code(v, nb, width, s, f[LEVELS], a[STOCHASTIC] != 0, r, q)
+            if not FIT:
+                code(y, nb, width, s, f[LEVELS], a[STOCHASTIC] != 0, r, table, q)
             pack(q, nb, width, a[BITS], wire, words, c)
             if remember:
-                renew(q, nb, width, n, s, v, h, f[CARRY], f[OMEGA], rule == UNSCALED)
+                if a[ROTATED]:
+                    spread(q, nb, width, s, table, y)
+                    backward(y, nb, width, position, u32(a[ROTATION]), signs, y, other)
+                    renew_rotated(nb, width, n, s, v, y, h, f[CARRY], f[OMEGA])
+                else:
+                    renew(
+                        q, nb, width, n, s, table, v, h, f[CARRY], f[OMEGA], rule == UNSCALED,
+                    )  # fmt: skip
                 if kind != FP32:
                     store_residual(h16, h8, hs, kind, place, place_block, nb, width, n, h, s)
 
@@ -259,7 +298,7 @@ def strip(numel, start, block, keeping):
 # ---- the ops ----------------------------------------------------------------------------------
 
 
-def quantize(a, f, table, segments):
+def quantize(a, f, rows, segments):
     """Code a tensor."""
     x32, x16 = at(a[X], f32), at(a[X], u16)
     wire, words = at(a[WIRE], u8), at(a[WIRE], u16)
@@ -270,8 +309,8 @@ def quantize(a, f, table, segments):
     for stage in range(0 if a[SHARED] else 1, 2):
         if stage == 1 and a[SHARED]:
             finish_groups(a, f[LEVELS])
-        for row in range(table.shape[0]):
-            piece = table[row]
+        for row in range(rows.shape[0]):
+            piece = rows[row]
             if piece[EXACT]:
                 continue
             start = U(0)
@@ -290,7 +329,7 @@ def quantize(a, f, table, segments):
                 start += n
 
 
-def reduce(a, f, table, segments):
+def reduce(a, f, rows, segments):
     """Sum the payloads of all ranks; store the sum, or code it again."""
     x32, x16 = at(a[X], f32), at(a[X], u16)
     wire, words = at(a[WIRE], u8), at(a[WIRE], u16)
@@ -298,12 +337,13 @@ def reduce(a, f, table, segments):
     r, q = at(a[SCRATCH + 2], u32), at(a[SCRATCH + 3], Q)
     s, lanes = at(a[SCRATCH + 4], f32), at(a[SCRATCH + 5], f64)
     sums, dense = at(a[SCRATCH + 6], f32), a[DENSE]  # not in v: loops want their arrays apart
+    signs, other, table = at(a[SCRATCH + 7], u32), at(a[SCRATCH + 8], f32), at(a[TABLE], f32)
     two_passes, keeping = a[SHARED] and not dense, a[MEMORY_KIND] != NONE
     for stage in range(0 if two_passes else 1, 2):
         if stage == 1 and two_passes:
             finish_groups(a, f[LEVELS])
-        for row in range(table.shape[0]):
-            piece = table[row]
+        for row in range(rows.shape[0]):
+            piece = rows[row]
             if piece[EXACT]:
                 continue
             start = U(0)
@@ -313,7 +353,10 @@ def reduce(a, f, table, segments):
                 for rank in range(a[COUNT]):
                     base = U(rank) * U(a[STRIDE])
                     codes = collect(a, a[WIRES], base, piece, start, nb, width, q, s)
-                    accumulate(codes, nb, width, s, sums)
+                    accumulate(codes, nb, width, s, table, sums)
+                if a[ROTATED]:
+                    position = U(piece[BASE]) + start
+                    backward(sums, nb, width, position, u32(a[ROTATION]), signs, sums, other)
                 multiply(sums, n, f[FACTOR])
                 clear(sums, n, nb * width)
                 if dense:
@@ -326,13 +369,15 @@ def reduce(a, f, table, segments):
                 start += n
 
 
-def dequantize(a, f, table, segments):
+def dequantize(a, f, rows, segments):
     """Decode into a tensor, or add to it."""
     x32, x16 = at(a[X], f32), at(a[X], u16)
     v, q = at(a[SCRATCH], f32), at(a[SCRATCH + 3], Q)
     s = at(a[SCRATCH + 4], f32)
-    for row in range(table.shape[0]):
-        piece = table[row]
+    signs, other, y = at(a[SCRATCH + 7], u32), at(a[SCRATCH + 8], f32), at(a[SCRATCH + 9], f32)
+    table = at(a[TABLE], f32)
+    for row in range(rows.shape[0]):
+        piece = rows[row]
         if piece[EXACT]:
             continue
         start = U(0)
@@ -340,72 +385,26 @@ def dequantize(a, f, table, segments):
             nb, width, n = strip(U(piece[NUMEL]), start, U(a[BLOCK]), False)
             o = U(piece[OFFSET]) + start
             codes = collect(a, a[WIRE], U(0), piece, start, nb, width, q, s)
-            if a[ADD]:
+            if a[ROTATED]:
+                position = U(piece[BASE]) + start
+                spread(codes, nb, width, s, table, y)
+                seed = u32(a[ROTATION])
+                if a[DTYPE] == FP32 and n == nb * width and not a[ADD]:
+                    x = at(a[X] + i64(4) * i64(o), f32)
+                    backward_to(y, nb, width, position, seed, signs, x, other)
+                else:
+                    backward(y, nb, width, position, seed, signs, y, other)
+                    if a[ADD]:
+                        load(x32, x16, a[DTYPE], o, n, v)
+                        add(v, y, n)
+                    store(x32, x16, a[DTYPE], o, n, y)
+            elif a[ADD]:
                 load(x32, x16, a[DTYPE], o, n, v)
-                accumulate(codes, nb, width, s, v)
+                accumulate(codes, nb, width, s, table, v)
                 store(x32, x16, a[DTYPE], o, n, v)
             elif a[DTYPE] == FP32 and n == nb * width and a[RULE] != UNSCALED:
-                spread(codes, nb, width, s, at(a[X] + i64(4) * i64(o), f32))
+                spread(codes, nb, width, s, table, at(a[X] + i64(4) * i64(o), f32))
             else:
-                spread(codes, nb, width, s, v)
+                spread(codes, nb, width, s, table, v)
                 store(x32, x16, a[DTYPE], o, n, v)
             start += n
-
-
-class _Local(threading.local):
-    """Scratch memory is a thread's own: kernels run without the GIL."""
-
-    def __init__(self) -> None:
-        longest = max(STRIP, MAX_BLOCK)
-        sizes = (*(4 * longest,) * 5, 8 * int(LANES), 4 * longest)
-        self.arrays = [np.zeros(size + 64, np.uint8) for size in sizes]
-        self.addresses = [-(-array.ctypes.data // 64) * 64 for array in self.arrays]
-
-
-_local = _Local()
-
-
-def scratch() -> list[int]:
-    """Addresses: values, residual, random words, codes, scales, norm lanes, sums."""
-    return _local.addresses
-
-
-class Ops(NamedTuple):
-    """The compiled ops of one kind of format."""
-
-    quantize: Callable[..., None]
-    dequantize: Callable[..., None]
-    reduce: Callable[..., None]
-
-
-_making = threading.Lock()
-
-
-def ops(kind: str) -> Ops:
-    """The ops of a kind of format; each compiles on its first call.
-
-    Made once: threads that made them side by side would swap Numba's cache folder under each other
-    (`jit.entry`), and compile what is there.
-    """
-    with _making:
-        return _made(kind)
-
-
-@cache
-def _made(kind: str) -> Ops:
-    coder = CODERS[kind]
-    bound: dict[str, Any] = {
-        "code": coder.code,
-        "pack": coder.pack,
-        "unpack": coder.unpack,
-        "value": coder.value,
-        "Q": coder.codes,
-        "QUICK": kind == "uniform",
-    }
-    parts: tuple[Callable[..., Any], ...] = (spread, accumulate, renew)
-    for part in parts:
-        bound[part.__name__] = specialise(part, kind, bound)
-    parts = (collect, emit)  # so many arguments that a call costs as much as a strip
-    for part in parts:
-        bound[part.__name__] = specialise(part, kind, bound, inlined)
-    return Ops(*(specialise(op, kind, bound, entry) for op in (quantize, dequantize, reduce)))

@@ -18,7 +18,7 @@ f32, f64, i8, i32 = np.float32, np.float64, np.int8, np.int32
 FP32, FP16, BF16, INT8, NONE = 0, 1, 2, 3, 4
 """Element types of tensors and residuals, as kernels are told them."""
 
-ABSMAX, L2, MEAN, UNSCALED = 0, 1, 2, 3
+ABSMAX, L2, MEAN, UNSCALED, FITTED, UNBIASED = range(6)
 """Scale rules, as kernels are told them."""
 
 STRIP = 2048
@@ -80,6 +80,13 @@ def multiply(v, n, factor):
 
 
 @loop
+def add(x, y, n):
+    """y = x + y."""
+    for i in range(n):
+        y[i] = x[i] + y[i]
+
+
+@loop
 def add_scaled(g, alpha, h, n, padded, v):
     """v = g + alpha h, not fused; zeros after the last element."""
     for i in range(n):
@@ -133,9 +140,9 @@ def lane_total(lanes):
 
 
 @loop
-def scale_of(m, total, numel, rule, levels):
+def scale_of(m, huge, total, numel, rule, levels):
     """bf16 bits of the scale, from the absolute maximum's bits and the norm's sum."""
-    if m >= HUGE:
+    if m >= huge:
         return BAD_SCALE
     if m < TINY:
         return u32(0)
@@ -149,7 +156,7 @@ def scale_of(m, total, numel, rule, levels):
 
 
 @loop
-def find_scales(v, nb, width, n, rule, levels, lanes, s):
+def find_scales(v, nb, width, n, huge, rule, levels, lanes, s):
     """The scale of every block of the strip."""
     for b in range(nb):
         o = b * width
@@ -158,7 +165,7 @@ def find_scales(v, nb, width, n, rule, levels, lanes, s):
         if rule in (L2, MEAN):
             lane_add(v, o, width, rule, lanes)
             total = lane_total(lanes)
-        s[b] = bf16_value(scale_of(m, total, min(width, n - o), rule, levels))
+        s[b] = bf16_value(scale_of(m, huge, total, min(width, n - o), rule, levels))
 
 
 @loop
@@ -170,7 +177,7 @@ def add_and_scale(g, alpha, h, nb, width, levels, v, s):
             y = g[i] + alpha * h[i]
             v[i] = y
             m = max(m, bits(y) & u32(0x7FFFFFFF))
-        s[b] = bf16_value(scale_of(m, f64(0), width, ABSMAX, levels))
+        s[b] = bf16_value(scale_of(m, HUGE, f64(0), width, ABSMAX, levels))
 
 
 @loop
@@ -259,7 +266,7 @@ def store_residual(h16, h8, hs, kind, o, block, nb, width, n, h, s):
             if s[b] == s[b]:
                 start = b * width
                 last = min(width, n - start)
-                scale = scale_of(absmax(h, start, last), f64(0), last, ABSMAX, f32(127))
+                scale = scale_of(absmax(h, start, last), HUGE, f64(0), last, ABSMAX, f32(127))
                 inv = f32(0)
                 if scale == BAD_SCALE:  # what int8 cannot hold is forgotten, not kept as NaN
                     scale = u32(0)

@@ -13,7 +13,7 @@ from commlib_kernels.formats import Format
 from commlib_kernels.layout import Layout, Piece, pieces, stride
 from commlib_kernels.memory import Memory
 from commlib_kernels.philox import lanes
-from commlib_kernels.reference import blocks, elements
+from commlib_kernels.reference import blocks, elements, rotation
 from commlib_kernels.reference.elements import F32, Bits, Floats
 from commlib_kernels.tag import Tag
 
@@ -81,10 +81,10 @@ def reduce(
     data, size = elements.raw(wires), stride(layout, fmt)
 
     def total(p: Piece) -> Floats:
-        acc = np.zeros(p.numel, F32)
+        acc = np.zeros(_padded(p, fmt), F32)
         for rank in range(data.size // size if size else 0):
-            acc += _decode(fmt, data[rank * size :], p, layout)
-        return acc * F32(factor)
+            acc += _decode_as_coded(fmt, data[rank * size :], p, layout)
+        return _back(fmt, acc, p) * F32(factor)
 
     rows = pieces(layout, fmt, owner=True)
     if out.dtype != torch.uint8:
@@ -142,16 +142,18 @@ def _emit_piece(
     for start, rows, width, numel in _runs(fmt, p.numel):
         grid = np.zeros((rows, width), F32)
         grid.reshape(-1)[:numel] = v[start : start + numel]
-        per_row = numel if rows == 1 else width
+        coded, per_row = grid, numel if rows == 1 else width
+        if fmt.rotate is not None:
+            coded, per_row = rotation.forward(grid, fmt.rotate, p.base + start), width
         if fmt.scale == "none":
             scales, m = np.ones(rows, np.uint32), np.full(rows, blocks.TINY)
         elif shared is not None:
             scales, m = (np.full(rows, s) for s in shared)
         else:
-            both = [blocks.scale_bits(fmt, row[:per_row], per_row) for row in grid]
+            both = [blocks.scale_bits(fmt, row[:per_row], per_row) for row in coded]
             scales, m = (np.array(c, np.uint32) for c in zip(*both, strict=True))
         random = lanes(tag, p.segment, p.base + start, rows, width) if fmt.stochastic else None
-        codes = blocks.code(fmt, grid, scales, random)
+        codes = blocks.code(fmt, coded, scales, random, per_row)
         data = blocks.pack(fmt, codes).reshape(-1)
         out[code : code + data.size] = data
         code += data.size
@@ -162,7 +164,10 @@ def _emit_piece(
         if memory is not None and h is not None:
             old = np.zeros((rows, width), F32)
             old.reshape(-1)[:numel] = h[start : start + numel]
-            new = _renewed(memory, grid, old, blocks.value(fmt, codes, scales))
+            decoded = blocks.value(fmt, codes, scales)
+            if fmt.rotate is not None:
+                decoded = rotation.backward(decoded, fmt.rotate, p.base + start)
+            new = _renewed(memory, grid, old, decoded)
             held = np.zeros(rows, np.bool_)
             if fmt.scale != "none":
                 held = scales == blocks.BAD_SCALE
@@ -231,6 +236,27 @@ def _runs(fmt: Format, numel: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _decode(fmt: Format, data: Bytes, p: Piece, layout: Layout) -> Floats:
+    return _back(fmt, _decode_as_coded(fmt, data, p, layout), p)
+
+
+def _padded(p: Piece, fmt: Format) -> int:
+    """Elements of a piece as it is coded."""
+    return p.numel if p.exact else sum(rows * width for _, rows, width, _ in _runs(fmt, p.numel))
+
+
+def _back(fmt: Format, v: Floats, p: Piece) -> Floats:
+    """What was coded: rotated back, without padding."""
+    if p.exact or fmt.rotate is None:
+        return v[: p.numel]
+    parts = [np.zeros(0, F32)]
+    for start, rows, width, numel in _runs(fmt, p.numel):
+        grid = v[start : start + rows * width].reshape(rows, width)
+        parts.append(rotation.backward(grid, fmt.rotate, p.base + start).reshape(-1)[:numel])
+    return np.concatenate(parts)
+
+
+def _decode_as_coded(fmt: Format, data: Bytes, p: Piece, layout: Layout) -> Floats:
+    """Values of the codes, with padding and still rotated."""
     if p.exact:
         chunk = torch.empty(p.numel, dtype=layout.dtype)
         elements.raw(chunk)[:] = data[p.code :][: p.numel * chunk.itemsize]
@@ -240,7 +266,7 @@ def _decode(fmt: Format, data: Bytes, p: Piece, layout: Layout) -> Floats:
     words: Bits = (
         data[p.scale :][: 2 * fmt.scale_count(p.numel)].copy().view("<u2").astype(np.uint32)
     )
-    for start, rows, width, numel in _runs(fmt, p.numel):
+    for start, rows, width, _ in _runs(fmt, p.numel):
         size = rows * width * fmt.bits // 8
         codes = blocks.unpack(fmt, data[code : code + size].reshape(rows, -1), width)
         code += size
@@ -249,5 +275,5 @@ def _decode(fmt: Format, data: Bytes, p: Piece, layout: Layout) -> Floats:
             scales = np.ones(rows, np.uint32)
         else:
             scales = np.repeat(words, rows) if fmt.per_segment else words[first : first + rows]
-        parts.append(blocks.value(fmt, codes, scales).reshape(-1)[:numel])
+        parts.append(blocks.value(fmt, codes, scales).reshape(-1))
     return np.concatenate(parts)

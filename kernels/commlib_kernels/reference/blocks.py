@@ -6,8 +6,10 @@ import numpy.typing as npt
 from commlib_kernels.formats import FP8_MAX, Format
 from commlib_kernels.reference import elements
 from commlib_kernels.reference.elements import E4M3, F32, NAN, Bits, Floats
+from commlib_kernels.tables import thresholds
 
 HUGE = np.uint32(0x7E800000)  # 2^126: from here on 1 / scale would be subnormal
+HUGE_ROTATED = np.uint32(0x78800000)  # 2^114: up to 4096 such values are added to rotate back
 TINY = np.uint32(0x0D800000)  # 2^-100: below this a block counts as zero
 BAD_SCALE = np.uint32(0x7FC0)
 RUN = 4096
@@ -46,13 +48,16 @@ def norm_sum(v: npt.NDArray[np.float64]) -> np.float64:
 def scale_bits(fmt: Format, v: Floats, numel: int) -> tuple[np.uint32, np.uint32]:
     """(bf16 bits of the scale, absmax bits) of one block of `numel` elements."""
     m = absmax(v.reshape(1, -1))[0]
-    if m >= HUGE:
+    if m >= (HUGE if fmt.rotate is None else HUGE_ROTATED):
         return BAD_SCALE, m
     if m < TINY:
         return np.uint32(0), m
     if fmt.scale == "mean":
         mean = norm_sum(np.abs(v.astype(np.float64))) / numel
         return elements.bf16_nearest(np.array([mean], F32))[0], m
+    if fmt.scale in ("fit", "unbiased"):
+        s = _fitted(fmt, v, m)
+        return (BAD_SCALE if s >= HUGE >> 16 else s), m
     if fmt.scale == "l2":
         norm = np.sqrt(norm_sum(v.astype(np.float64) ** 2))
         top = np.array([norm / fmt.levels]).astype(F32)
@@ -63,8 +68,61 @@ def scale_bits(fmt: Format, v: Floats, numel: int) -> tuple[np.uint32, np.uint32
     return (BAD_SCALE if s >= HUGE >> 16 else s), m
 
 
-def code(fmt: Format, v: Floats, scales: Bits, random: npt.NDArray[np.uint64] | None) -> Codes:
-    """Codes of blocks whose scales are good; rows with a zero or bad scale get code 0."""
+def half_sum(v: Floats) -> np.float32:
+    """Sum in fp32, in halves: with zeros to a power of two, then the upper half joins the lower."""
+    total = np.zeros(1 << max(v.size - 1, 1).bit_length(), F32)
+    total[: v.size] = v
+    while total.size > 1:
+        half = total.size // 2
+        total = total[:half] + total[half:]
+    return np.float32(total[0])
+
+
+def normal(v: Floats, m: np.uint32) -> tuple[np.float32, np.float32]:
+    """(1 / root mean square, root mean square times 2^-e) of a block, e the exponent of its m.
+
+    Squares are of ``v 2^-e``, which is below 2, so that they stay finite.
+    """
+    down = (np.uint32(254) - (m >> 23) << np.uint32(23)).astype(np.uint32).view(F32)
+    u = v * down
+    rms = np.sqrt(half_sum(u * u) / F32(v.size))
+    return F32(1) / rms * down, rms
+
+
+def table_codes(fmt: Format, z: Floats) -> Codes:
+    """Numbers of the nearest values; between two, of the one nearer to zero."""
+    t, wide = thresholds(fmt.values), z[..., None]
+    over = np.where(t < 0, wide >= t, wide > t)
+    codes: Codes = over.sum(axis=-1).astype(np.int32)
+    return codes
+
+
+def _fitted(fmt: Format, v: Floats, m: np.uint32) -> np.uint32:
+    """bf16 bits of the scale that suits the codes of ``z = v / rms`` best.
+
+    fit: ``rms <c, z> / <c, c>``, the least error. unbiased: ``rms n / <c, z>``, EDEN's.
+    """
+    inv, rms = normal(v, m)
+    z = v * inv
+    c = np.array(fmt.values, F32)[table_codes(fmt, z)]
+    along = half_sum(c * z)
+    ratio = along / half_sum(c * c) if fmt.scale == "fit" else F32(v.size) / along
+    up = (m >> 23 << np.uint32(23)).astype(np.uint32).view(F32)
+    scale: np.uint32 = elements.bf16_nearest(np.array([rms * ratio * up], F32))[0]
+    return scale
+
+
+def code(
+    fmt: Format,
+    v: Floats,
+    scales: Bits,
+    random: npt.NDArray[np.uint64] | None,
+    numel: int | None = None,
+) -> Codes:
+    """Codes of blocks whose scales are good; rows with a zero or bad scale get code 0.
+
+    numel: real elements of a row; None: all of them.
+    """
     if fmt.kind == "bf16":
         return elements.bf16_nearest(v).astype(np.int32)
     if fmt.kind == "fp16":
@@ -74,11 +132,22 @@ def code(fmt: Format, v: Floats, scales: Bits, random: npt.NDArray[np.uint64] | 
     good = (scales != 0) & (scales != BAD_SCALE)
     inv = np.ones(scales.size, F32)
     np.divide(F32(1), elements.bf16_value(scales), out=inv, where=good)
+    if fmt.scale in ("fit", "unbiased"):
+        tops = absmax(v[:, :numel])
+        inv = np.array(
+            [
+                normal(row[:numel], m)[0] if ok else 1
+                for row, m, ok in zip(v, tops, good, strict=True)
+            ],
+            F32,
+        )
     v = np.where(good[:, None], v, F32(0))
     if fmt.kind == "sign":
         codes = (elements.bits(v) >> 31).astype(np.int32)
     elif fmt.kind == "fp8":
         codes = _e4m3(v * inv[:, None], random)
+    elif fmt.table:
+        codes = table_codes(fmt, v * inv[:, None])
     else:
         y = v * inv[:, None]
         y = np.rint(y) if random is None else np.floor(y + _uniform(random))
@@ -102,6 +171,8 @@ def value(fmt: Format, codes: Codes, scales: Bits) -> Floats:
     elif fmt.kind == "fp8":
         magnitude = E4M3[codes & 0x7F].astype(F32) * s
         v = np.where(codes & 0x80, -magnitude, magnitude)
+    elif fmt.table:
+        v = np.array(fmt.values, F32)[codes] * s
     else:
         v = codes.astype(F32) * s
     return np.where(np.isnan(s), NAN, v)

@@ -1,0 +1,82 @@
+"""The compiled ops of every kind of format, and the memory that they work in."""
+
+import threading
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from commlib_kernels.formats import Format, Kind
+from commlib_kernels.numba_cpu import coders, gauss, kernels, tables
+from commlib_kernels.numba_cpu.jit import entry, inlined, specialise
+from commlib_kernels.numba_cpu.strips import LANES, MAX_BLOCK, STRIP
+
+
+class Ops(NamedTuple):
+    """The compiled ops of one kind of format."""
+
+    quantize: Callable[..., None]
+    dequantize: Callable[..., None]
+    reduce: Callable[..., None]
+
+
+class _Local(threading.local):
+    """Scratch memory is a thread's own: kernels run without the GIL."""
+
+    def __init__(self) -> None:
+        longest = max(STRIP, MAX_BLOCK)
+        sizes = (*(4 * longest,) * 5, 8 * int(LANES), *(4 * longest,) * 4)
+        self.arrays = [np.zeros(size + 64, np.uint8) for size in sizes]
+        self.addresses = [-(-array.ctypes.data // 64) * 64 for array in self.arrays]
+
+
+_local = _Local()
+
+
+def scratch() -> list[int]:
+    """Addresses: values, residual, random words, codes, scales, norm lanes, sums; and of rotations:
+    signs, the other buffer, what is coded."""
+    return _local.addresses
+
+
+CODERS = coders.CODERS | {"gauss": gauss.CODER, "table": tables.CODER}
+
+_making = threading.Lock()
+
+
+def ops(fmt: Format) -> Ops:
+    """The ops of a kind of format; each compiles on its first call.
+
+    Made once: threads that made them side by side would swap Numba's cache folder under each other
+    (`jit.entry`), and compile what is there.
+    """
+    with _making:
+        return _made(fmt.kind)
+
+
+@cache
+def _made(kind: Kind) -> Ops:
+    coder = CODERS[kind]
+    bound: dict[str, Any] = {
+        "code": coder.code,
+        "pack": coder.pack,
+        "unpack": coder.unpack,
+        "value": coder.value,
+        "constants": coder.constants,
+        "Q": coder.codes,
+        "QUICK": kind == "uniform",
+        "FIT": kind == "gauss",
+        "fit": gauss.fit if kind == "gauss" else gauss.no_fit,
+    }
+    parts: tuple[Callable[..., Any], ...] = (kernels.spread, kernels.accumulate, kernels.renew)
+    for part in parts:
+        bound[part.__name__] = specialise(part, kind, bound)
+    parts = (
+        kernels.collect,
+        kernels.emit,
+    )  # a call with so many arguments costs as much as a strip
+    for part in parts:
+        bound[part.__name__] = specialise(part, kind, bound, inlined)
+    made = (kernels.quantize, kernels.dequantize, kernels.reduce)
+    return Ops(*(specialise(op, kind, bound, entry) for op in made))

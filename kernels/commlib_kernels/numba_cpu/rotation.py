@@ -1,0 +1,174 @@
+"""The randomised Hadamard transform of a strip's blocks; equations: reference/rotation.py.
+
+Every stage reads from one buffer and writes to the other, the pairs of results beside each other:
+so all stages are one loop over far and near elements alike, which vectorises (Pease 1968). Two
+stages go together. The order of the sums is that of butterflies from the widest to the narrowest.
+"""
+
+import numpy as np
+
+from commlib_kernels.numba_cpu.jit import SCALARS, bits, floats, inlined, loop
+from commlib_kernels.numba_cpu.strips import U
+from commlib_kernels.philox import SIGNS_KEY, SIGNS_RANK
+from commlib_kernels.scalar import NAN
+
+u32, u64, f32 = np.uint32, np.uint64, np.float32
+KEY, RANK = u32(SIGNS_KEY), u32(SIGNS_RANK)
+TOP = u32(0x80000000)
+GROUP, LANES, BITS = U(512), U(16), U(32)
+philox = SCALARS.philox
+
+
+@loop
+def sign_words(position, count, seed, words):
+    """The words of all groups that `count` elements from `position` on have a part in."""
+    first, last = position // GROUP, (position + count + GROUP - U(1)) // GROUP
+    for call in range(U(4) * (last - first)):
+        c = u64(U(4) * first + call)
+        w = philox(u32(c), u32(c >> u64(32)), u32(0), RANK, seed, KEY)
+        o = U(4) * call
+        words[o], words[o + U(1)], words[o + U(2)], words[o + U(3)] = w
+
+
+@loop
+def flip(v, factor, words, position, count, y):
+    """y = D v factor, of `count` elements, a multiple of 8, from `position` (a multiple of 16)."""
+    row = position % GROUP // LANES
+    for o in range(U(0), count, LANES):
+        w, up = row // BITS * LANES, u32(BITS - U(1) - row % BITS)
+        for j in range(min(LANES, count - o)):
+            y[o + j] = floats(bits(v[o + j] * factor) ^ ((words[w + j] << up) & TOP))
+        row += U(1)
+
+
+@loop
+def stage(x, o, n, y):
+    """One stage from x to y, both from element o on."""
+    h = n // U(2)
+    for i in range(h):
+        a, b = x[o + i], x[o + h + i]
+        p = o + U(2) * i
+        y[p] = a + b
+        y[p + U(1)] = a - b
+
+
+@loop
+def two_stages(x, o, n, y):
+    """The same twice."""
+    h = n // U(4)
+    for i in range(h):
+        a, b = x[o + i], x[o + h + i]
+        c, d = x[o + U(2) * h + i], x[o + U(3) * h + i]
+        s, t, u, w = a + c, b + d, a - c, b - d
+        p = o + U(4) * i
+        y[p] = s + t
+        y[p + U(1)] = s - t
+        y[p + U(2)] = u + w
+        y[p + U(3)] = u - w
+
+
+@loop
+def copy(x, o, n, y):
+    """y = x."""
+    for i in range(o, o + n):
+        y[i] = x[i]
+
+
+@inlined
+def exponent(n):
+    """k of n = 2^k, or of the largest power of two in n."""
+    k = 0
+    while n >> U(k + 1):
+        k += 1
+    return k
+
+
+@inlined
+def power(k):
+    """2^-k."""
+    return floats(u32(127 - k) << u32(23))
+
+
+@loop
+def butterflies(x, o, n, y):
+    """H x of n = 2^k elements from o on. It ends in y where ceil(k / 2) is odd, else in x."""
+    k, here = exponent(n), True
+    while k > 0:
+        if k == 1:
+            if here:
+                stage(x, o, n, y)
+            else:
+                stage(y, o, n, x)
+        elif here:
+            two_stages(x, o, n, y)
+        else:
+            two_stages(y, o, n, x)
+        k, here = k - 2, not here
+
+
+@inlined
+def ends_apart(k):
+    """Whether `butterflies` end in the other buffer."""
+    return ((k + 1) // 2) % 2 == 1
+
+
+@loop
+def forward(v, nb, width, position, seed, words, y, other):
+    """y = H D v / 2^f."""
+    sign_words(position, nb * width, seed, words)
+    if width & (width - U(1)) == U(0):
+        k = exponent(width)
+        if ends_apart(k):
+            flip(v, power(k // 2), words, position, nb * width, other)
+            for b in range(nb):
+                butterflies(other, b * width, width, y)
+        else:
+            flip(v, power(k // 2), words, position, nb * width, y)
+            for b in range(nb):
+                butterflies(y, b * width, width, other)
+        return
+    flip(v, f32(1), words, position, width, y)  # the short last block, alone
+    o, left = U(0), width
+    while left:
+        k = exponent(left)
+        n, factor = U(1) << U(k), power(k // 2)
+        for i in range(o, o + n):
+            y[i] *= factor
+        butterflies(y, o, n, other)
+        if ends_apart(k):
+            copy(other, o, n, y)
+        o, left = o + n, left - n
+
+
+@loop
+def backward(y, nb, width, position, seed, words, v, other):
+    """v = D H y / 2^(k - f); y is overwritten."""
+    sign_words(position, nb * width, seed, words)
+    if width & (width - U(1)) == U(0):
+        k = exponent(width)
+        for b in range(nb):
+            butterflies(y, b * width, width, other)
+        if ends_apart(k):
+            flip(other, power(k - k // 2), words, position, nb * width, v)
+        else:
+            flip(y, power(k - k // 2), words, position, nb * width, v)
+        return
+    o, left = U(0), width
+    while left:
+        k = exponent(left)
+        n, factor = U(1) << U(k), power(k - k // 2)
+        butterflies(y, o, n, other)
+        if ends_apart(k):
+            copy(other, o, n, y)
+        for i in range(o, o + n):
+            y[i] *= factor
+        o, left = o + n, left - n
+    flip(y, f32(1), words, position, width, v)
+
+
+@loop
+def backward_to(y, nb, width, position, seed, words, x, other):
+    """As `backward`, into a tensor: one NaN for all NaNs."""
+    backward(y, nb, width, position, seed, words, x, other)
+    for i in range(nb * width):
+        x[i] = x[i] if x[i] == x[i] else floats(NAN)
