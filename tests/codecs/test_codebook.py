@@ -23,7 +23,7 @@ def normal(numel: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_values_are_the_means_of_their_cells(bits: int) -> None:
-    """Lloyd's two conditions: thresholds in the middle, values at the mean of what they stand for."""
+    """Lloyd: thresholds lie in the middle, values at the mean of what they stand for."""
     values = TABLES[f"gauss{bits}"]
     edges = [-math.inf, *((a + b) / 2 for a, b in pairwise(values)), math.inf]
     for value, low, high in zip(values, edges[:-1], edges[1:], strict=True):
