@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import warnings
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -129,6 +130,20 @@ def _bitsandbytes(x: torch.Tensor) -> Peer:
     )
 
 
+def _bitsandbytes_4bit(kind: str, x: torch.Tensor) -> Peer:
+    functional = import_module("bitsandbytes.functional")
+    codes, state = functional.quantize_4bit(x, blocksize=64, quant_type=kind)
+    return Peer(
+        "bitsandbytes",
+        {
+            "encode": lambda: functional.quantize_4bit(x, blocksize=64, quant_type=kind),
+            "decode": lambda: functional.dequantize_4bit(codes, state),
+        },
+        codes.numel() + state.absmax.numel() * 4,
+        lambda: functional.dequantize_4bit(codes, state).view(-1),
+    )
+
+
 PEERS: dict[str, Callable[[torch.Tensor], Peer]] = {
     "FBGEMM 8-bit rowwise": _fbgemm_8bit,
     "FBGEMM 4-bit rowwise": _fbgemm_4bit,
@@ -138,4 +153,6 @@ PEERS: dict[str, Callable[[torch.Tensor], Peer]] = {
         x, "torch.compile", lambda f: torch.compile(f, dynamic=False)
     ),
     "bitsandbytes 8-bit": _bitsandbytes,
+    "bitsandbytes nf4": partial(_bitsandbytes_4bit, "nf4"),
+    "bitsandbytes fp4": partial(_bitsandbytes_4bit, "fp4"),
 }

@@ -13,12 +13,25 @@ from functools import partial
 
 from commlib.codecs.base import Codec, Round
 from commlib.codecs.cast import BF16, FP8, FP16, FP32
-from commlib.codecs.codebook import NF4, Eden
+from commlib.codecs.codebook import E2M1, E3M0, NF4, Eden
 from commlib.codecs.rotation import Rotated
 from commlib.codecs.sign import Natural, Sign, Ternary
 from commlib.codecs.uniform import QSGD, Int
 
-__all__ = ["BF16", "CODECS", "FP8", "FP16", "FP32", "NF4", "QSGD", "STAGES", "Codec", "Eden"]
+__all__ = [
+    "BF16",
+    "CODECS",
+    "E2M1",
+    "E3M0",
+    "FP8",
+    "FP16",
+    "FP32",
+    "NF4",
+    "QSGD",
+    "STAGES",
+    "Codec",
+    "Eden",
+]
 __all__ += ["Int", "Natural", "Rotated", "Round", "Sign", "Ternary", "codec"]
 
 CODECS: dict[str, Callable[..., Codec]] = {
@@ -33,6 +46,8 @@ CODECS: dict[str, Callable[..., Codec]] = {
     "natural": Natural,
     **{f"eden{bits}": partial(Eden, bits) for bits in range(4, 0, -1)},
     "nf4": NF4,
+    "e2m1": E2M1,
+    "e3m0": E3M0,
 }
 """The name in scheme texts -> constructor, one line per codec."""
 

@@ -5,13 +5,14 @@
     eden b   values: Lloyd-Max for the normal distribution    code = nearest of v / rms(v)
              scale = rms <c, z> / <c, c>    z = v / rms, c its values: the least squared error
              scale = rms n / <c, z>         EDEN's: unbiased over random rotations
-    nf4      values: NormalFloat, with a zero                 scale = bf16_up(max|v|)
+    nf4, e2m1, e3m0    values: NormalFloat; 4-bit floats      scale = bf16_up(max|v| / largest)
 
     wire:    | bit planes of block 0 | block 1 | ... | scales |     value = table[code] * scale
 
 eden expects values that look normal: ``rotate|eden2`` makes any look so. Sources: Max 1960; DRIVE,
 Vargaftik et al. 2021 (arXiv 2105.08339); EDEN, Vargaftik et al. 2022 (arXiv 2108.08842); QLoRA,
-Dettmers et al. 2023 (arXiv 2305.14314).
+Dettmers et al. 2023 (arXiv 2305.14314); OCP Microscaling Formats 1.0; Streaming DiLoCo, Douillard
+et al. 2025 (arXiv 2501.18512).
 """
 
 from dataclasses import dataclass
@@ -74,11 +75,14 @@ class Eden(Codec):
 
 
 @dataclass(frozen=True)
-class NF4(Codec):
-    """4-bit NormalFloat, scaled by the block's absolute maximum."""
+class Table(Codec):
+    """The nearest of 16 values, scaled so that the block's absolute maximum is the largest.
+
+    Args:
+        block: elements per scale, a multiple of 8 from 32 to 4096.
+    """
 
     block: int = 64
-    name: ClassVar[str] = "nf4"
 
     def __post_init__(self) -> None:
         check_block(self, self.block, tensor=False)
@@ -86,13 +90,37 @@ class NF4(Codec):
     @property
     def format(self) -> Format:
         """Four bits per element and one scale per block."""
-        return Format("table", bits=4, levels=1, block=self.block, scale="absmax", table="nf4")
+        top = int(TABLES[self.name][-1])
+        return Format(
+            "table", bits=4, levels=top, block=self.block, scale="absmax", table=self.name
+        )
 
     def gamma(self, numel: int | None = None) -> float:
         """One element at the maximum, all others in the middle of the gap that costs them most."""
-        values = np.array(TABLES["nf4"])
-        half, middle = np.diff(values) / 2, (values[:-1] + values[1:]) / 2
-        others = self.block - 1
-        own = 2.0**-7 + half.max()  # the maximum itself, where the scale was rounded up
-        found = (others * half**2 + min(own, 2.0**-7) ** 2) / (others * middle**2 + 1)
+        values = np.array(TABLES[self.name]) / TABLES[self.name][-1]
+        gaps = np.unique(values)
+        half, middle = np.diff(gaps) / 2, (gaps[:-1] + gaps[1:]) / 2
+        others, own = self.block - 1, 2.0**-7  # the maximum's error, as the scale is rounded up
+        found = (others * half**2 + own**2) / (others * middle**2 + 1)
         return float(found.max() * (1 + 2.0**-6))
+
+
+@dataclass(frozen=True)
+class NF4(Table):
+    """4-bit NormalFloat."""
+
+    name: ClassVar[str] = "nf4"
+
+
+@dataclass(frozen=True)
+class E2M1(Table):
+    """4-bit floats with one bit of mantissa, as in NVFP4 and MXFP4, but with a bf16 scale."""
+
+    name: ClassVar[str] = "e2m1"
+
+
+@dataclass(frozen=True)
+class E3M0(Table):
+    """4-bit floats without a mantissa: signs and powers of two over six octaves, and zero."""
+
+    name: ClassVar[str] = "e3m0"

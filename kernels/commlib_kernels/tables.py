@@ -7,6 +7,12 @@ gauss1 .. gauss4
 nf4
     NormalFloat of QLoRA (Dettmers et al. 2023, appendix E): quantiles of the normal distribution
     scaled to [-1, 1], with a zero.
+e2m1
+    4-bit floats with one bit of mantissa, +-0, 0.5, 1, 1.5, 2, 3, 4, 6 (OCP Microscaling Formats
+    1.0, section 5.3.3).
+e3m0
+    4-bit floats with none: +-0 and +-2^-6 to 2^0 (outer gradients of Streaming DiLoCo, Douillard et
+    al. 2025, arXiv 2501.18512, section 2.4).
 """
 
 import numpy as np
@@ -30,13 +36,23 @@ _NF4 = (
 )  # fmt: skip
 
 
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_E3M0 = (0.0, *(2.0**e for e in range(-6, 1)))
+
+
 def _fp32(values: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(float(np.float32(v)) for v in values)
 
 
+def _mirrored(half: tuple[float, ...]) -> tuple[float, ...]:
+    return _fp32((*(-v for v in reversed(half)), *half))
+
+
 TABLES: dict[str, tuple[float, ...]] = {
-    **{name: _fp32((*(-v for v in reversed(h)), *h)) for name, h in _HALVES.items()},
+    **{name: _mirrored(half) for name, half in _HALVES.items()},
     "nf4": _fp32(_NF4),
+    "e2m1": _mirrored(_E2M1),
+    "e3m0": _mirrored(_E3M0),
 }
 """Name -> 2^bits values."""
 

@@ -56,7 +56,9 @@ def test_fit_is_the_least_error_for_its_codes() -> None:
         assert factor == pytest.approx(1.0, abs=2.0**-8)  # the scale is kept as bf16
 
 
-@pytest.mark.parametrize("text", ["eden1:block=32", "eden2", "eden4:block=64", "nf4"])
+@pytest.mark.parametrize(
+    "text", ["eden1:block=32", "eden2", "eden4:block=64", "nf4", "e2m1", "e3m0"]
+)
 def test_gamma_is_an_upper_bound(text: str) -> None:
     one = torch.zeros(2048)
     one[::512] = 1.0
@@ -70,6 +72,16 @@ def test_gamma_of_nf4_is_nearly_reached() -> None:
     x = torch.full((64,), (values[7] + values[8]) / 2 * 1.0001)
     x[0] = 1.0
     assert check_gamma("nf4", x) > 0.5
+
+
+def test_floats_of_four_bits_are_exact() -> None:
+    """Every value times a power of two comes back."""
+    for text, values in (
+        ("e2m1", [0, 0.5, 1, 1.5, 2, 3, 4, 6]),
+        ("e3m0", [2.0**-e for e in range(7)]),
+    ):
+        x = torch.tensor([v * sign for v in values for sign in (1, -1)] * 4) * 2.0**-9
+        assert round_trip(text, x).equal(x)
 
 
 def test_ties_go_to_zero_and_zero_is_the_negative_neighbour() -> None:

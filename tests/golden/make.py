@@ -29,7 +29,7 @@ GOLDEN = {
         *("qsgd", "qsgd:levels=7:norm=max", "qsgd:levels=2:block=tensor"),
     ],
     "sign": ["sign", "sign:block=tensor", "ternary", "natural", "natural:round=nearest"],
-    "codebook": ["eden4", "eden3:block=64", "eden2:scale=unbiased", "eden1", "nf4"],
+    "codebook": ["eden4", "eden3:block=64", "eden2:scale=unbiased", "eden1", "nf4", "e2m1", "e3m0"],
     "rotation": ["rotate|int4", "rotate:seed=5|eden2:block=128", "rotate|eden4:block=256"],
 }
 """Module in commlib/codecs -> texts."""
