@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -149,7 +150,7 @@ def test_all_parameters_travel_in_one_message() -> None:
             backward(module, c.rank, step)
             optimizer.step()
             sent.append(c.transport.bytes_sent)
-        return [b - a for a, b in zip(sent, sent[1:], strict=False)]
+        return [b - a for a, b in itertools.pairwise(sent)]
 
     sizes = tuple(parameter.numel() for parameter in model().parameters())
     topology = Topology(4, Link(0.0, 1.0))
@@ -217,6 +218,14 @@ def test_unmasked_a_step_that_v_does_not_measure_raises_on_all_ranks(
     assert "set threshold (1e-4; it is None)" in one
 
 
+def test_masked_coordinates_have_no_part_in_the_scales_of_others() -> None:
+    """However large the gradients that they get later."""
+    scheme = only("sign:block=tensor+ef")
+    still = on_ranks(2, scheme, lambda c: quiet(c, 8, False)[0].detach()[:128])
+    late = on_ranks(2, scheme, lambda c: quiet(c, 8, True)[0].detach()[:128])
+    assert same(still, late)
+
+
 def test_unmasked_a_large_eps_does() -> None:
     def body(c: Communicator) -> torch.Tensor:
         return quiet(c, 20, False, threshold=None, eps=1e-2)[0].detach()
@@ -245,6 +254,27 @@ def test_the_scale_of_the_loss_does_not_matter(scheme: str) -> None:
 
     for one, other in on_ranks(2, only(scheme), body):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1e-4, 1e-2])
+def test_the_mask_is_where_v_is_below_its_share_of_the_mean(threshold: float) -> None:
+    def body(c: Communicator) -> tuple[torch.Tensor, torch.Tensor]:
+        sizes = torch.logspace(-6, 0, 512)
+        sizes[::8] = 0
+        x = nn.Parameter(torch.zeros(512))
+        optimizer = OneBitAdam([("x", x)], c, LR, warmup=WARM, threshold=threshold)
+        for step in range(WARM):
+            x.grad = sizes * drawn(c.rank, step, 512)
+            optimizer.step()
+        before = optimizer.state[x]["exp_avg_sq"].clone()
+        x.grad = sizes * drawn(c.rank, WARM, 512)
+        optimizer.step()
+        return before, optimizer.state[x]["exp_avg_sq"]
+
+    for before, after in on_ranks(2, only("sign+ef"), body):
+        kept = before > threshold * before.mean()
+        assert 50 < kept.sum() <= 512 - 64
+        assert torch.equal(after, before * kept)
 
 
 @pytest.mark.parametrize("before", [1, WARM, WARM + 1, WARM + 4])
@@ -365,7 +395,7 @@ def test_training_goes_on_among_other_ranks_with_residuals_redistributed() -> No
             for parameter, value in zip(module.parameters(), saved[0][1], strict=True):
                 parameter.copy_(value)
         optimizer = OneBitAdam(module.named_parameters(), c, LR, warmup=WARM)
-        with pytest.raises(ValueError, match="reshard.redistribute makes those of other ranks"):
+        with pytest.raises(ValueError, match=r"reshard\.redistribute makes those of other ranks"):
             optimizer.load_state_dict(saved[c.rank][0])
         optimizer.load_state_dict({**saved[0][0], "communicator": memories[c.rank]})
         backward(module, c.rank, 9)
