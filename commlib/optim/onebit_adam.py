@@ -50,13 +50,14 @@ runs had up to 35 (threshold 1e-4) and 4400 (1e-8), and what ended in NaN began 
 class OneBitAdam(Replicas):
     """1-bit Adam: see above. Every rank has the gradient of its own batch in `grad` (`replicas`).
 
-    Memory: Adam's, and the communicator's residuals. Under a GradScaler ranks would skip steps each
-    for itself: use bfloat16 autocast, which needs none.
+    Memory: Adam's, and the communicator's residuals. A step is checked before it is made, for which
+    the host waits. Under a GradScaler ranks would skip steps each for itself: use bfloat16
+    autocast, which needs none.
 
     Args:
         params: named, as `model.named_parameters()`, or groups of such; float32.
-        communicator: of the ranks; its policy says how the momentum of each parameter travels. Used
-            by nothing else.
+        communicator: of the ranks; its policy says how the momentum of each parameter travels
+            (under a bare text such as "sign+ef" vectors stay exact). Used by nothing else.
         lr, betas, eps, weight_decay: as in torch.optim.Adam, of each group.
         warmup: steps of plain Adam, at least 1; 15 to 25% of all in the paper.
         threshold: of the mask, 0 to 1, in units of the mean of v of a parameter; None: no mask.
