@@ -81,6 +81,7 @@ FIT: Any = None
 constants: Any = None
 fit: Any = None
 forward, backward, backward_to = rotation.forward, rotation.backward, rotation.backward_to
+one_nan = rotation.one_nan
 
 
 # ---- one scale per segment: a first pass over all of it ---------------------------------------
@@ -253,7 +254,7 @@ def emit(
             if remember:
                 if a[ROTATED]:
                     spread(q, nb, width, s, table, y)
-                    backward(y, nb, width, position, u32(a[ROTATION]), signs, y, other)
+                    backward(y, nb, width, position, u32(a[ROTATION]), signs, other)
                     renew_rotated(nb, width, n, s, v, y, h, f[CARRY], f[OMEGA])
                 else:
                     renew(
@@ -305,7 +306,7 @@ def quantize(a, f, rows, segments):
     v, h = at(a[SCRATCH], f32), at(a[SCRATCH + 1], f32)
     r, q = at(a[SCRATCH + 2], u32), at(a[SCRATCH + 3], Q)
     s, lanes = at(a[SCRATCH + 4], f32), at(a[SCRATCH + 5], f64)
-    keeping = a[MEMORY_KIND] != NONE
+    keeping = a[MEMORY_KIND] != NONE and not a[ROTATED]  # whose strips come from the cache anyway
     for stage in range(0 if a[SHARED] else 1, 2):
         if stage == 1 and a[SHARED]:
             finish_groups(a, f[LEVELS])
@@ -338,7 +339,8 @@ def reduce(a, f, rows, segments):
     s, lanes = at(a[SCRATCH + 4], f32), at(a[SCRATCH + 5], f64)
     sums, dense = at(a[SCRATCH + 6], f32), a[DENSE]  # not in v: loops want their arrays apart
     signs, other, table = at(a[SCRATCH + 7], u32), at(a[SCRATCH + 8], f32), at(a[TABLE], f32)
-    two_passes, keeping = a[SHARED] and not dense, a[MEMORY_KIND] != NONE
+    two_passes = a[SHARED] and not dense
+    keeping = a[MEMORY_KIND] != NONE and not a[ROTATED]
     for stage in range(0 if two_passes else 1, 2):
         if stage == 1 and two_passes:
             finish_groups(a, f[LEVELS])
@@ -356,7 +358,7 @@ def reduce(a, f, rows, segments):
                     accumulate(codes, nb, width, s, table, sums)
                 if a[ROTATED]:
                     position = U(piece[BASE]) + start
-                    backward(sums, nb, width, position, u32(a[ROTATION]), signs, sums, other)
+                    backward(sums, nb, width, position, u32(a[ROTATION]), signs, other)
                 multiply(sums, n, f[FACTOR])
                 clear(sums, n, nb * width)
                 if dense:
@@ -392,8 +394,9 @@ def dequantize(a, f, rows, segments):
                 if a[DTYPE] == FP32 and n == nb * width and not a[ADD]:
                     x = at(a[X] + i64(4) * i64(o), f32)
                     backward_to(y, nb, width, position, seed, signs, x, other)
+                    one_nan(x, n)
                 else:
-                    backward(y, nb, width, position, seed, signs, y, other)
+                    backward(y, nb, width, position, seed, signs, other)
                     if a[ADD]:
                         load(x32, x16, a[DTYPE], o, n, v)
                         add(v, y, n)

@@ -141,8 +141,8 @@ def forward(v, nb, width, position, seed, words, y, other):
 
 
 @loop
-def backward(y, nb, width, position, seed, words, v, other):
-    """v = D H y / 2^(k - f); y is overwritten."""
+def backward_to(y, nb, width, position, seed, words, v, other):
+    """v = D H y / 2^(k - f); y is overwritten, and v another buffer."""
     sign_words(position, nb * width, seed, words)
     if width & (width - U(1)) == U(0):
         k = exponent(width)
@@ -167,8 +167,18 @@ def backward(y, nb, width, position, seed, words, v, other):
 
 
 @loop
-def backward_to(y, nb, width, position, seed, words, x, other):
-    """As `backward`, into a tensor: one NaN for all NaNs."""
-    backward(y, nb, width, position, seed, words, x, other)
-    for i in range(nb * width):
-        x[i] = x[i] if x[i] == x[i] else floats(NAN)
+def backward(y, nb, width, position, seed, words, other):
+    """y = D H y / 2^(k - f). A loop that reads what it writes would not vectorise."""
+    k = exponent(width)
+    if width & (width - U(1)) == U(0) and ends_apart(k):
+        backward_to(y, nb, width, position, seed, words, y, other)
+    else:
+        backward_to(y, nb, width, position, seed, words, other, other)
+        copy(other, U(0), nb * width, y)
+
+
+@loop
+def one_nan(v, n):
+    """One NaN for all NaNs."""
+    for i in range(n):
+        v[i] = v[i] if v[i] == v[i] else floats(NAN)
