@@ -1,12 +1,17 @@
-"""Measured numbers in, schemes out: what `policy="auto"` does, and the break-even table."""
+"""Measured numbers in, schemes out: `policy="auto"`, the break-even table, a scheme per layer."""
 
 from .auto import CANDIDATES, Curve, Profile, Speed, choose, policy, predict
 from .breakeven import breakeven, breakeven_table, choices_table
+from .errors import Errors
 from .measure import measure
+from .schemes import Layer, Plan, plan, uniform
 
 __all__ = [
     "CANDIDATES",
     "Curve",
+    "Errors",
+    "Layer",
+    "Plan",
     "Profile",
     "Speed",
     "breakeven",
@@ -14,6 +19,8 @@ __all__ = [
     "choices_table",
     "choose",
     "measure",
+    "plan",
     "policy",
     "predict",
+    "uniform",
 ]
