@@ -55,7 +55,7 @@ def measure(run: Run, transport: Transport, candidates: Sequence[str] = CANDIDAT
         raise ValueError(f"candidates must start with {RAW!r}, got {list(candidates)}")
     began = time.perf_counter()
     curves = _curves(run, transport, candidates)
-    speeds = tuple(_speed(transport, scheme) for scheme in candidates[1:])
+    speeds = tuple(speed(transport, scheme) for scheme in candidates[1:])
     sent = 2 * (transport.size - 1) / transport.size
     plain = curves[0]
     native = _fit(plain.nbytes[0], plain.seconds[0], plain.nbytes[-1], plain.seconds[-1], sent, 1)
@@ -100,8 +100,8 @@ def _curves(run: Run, transport: Transport, candidates: Sequence[str]) -> tuple[
     return tuple(Curve(s, tuple(measured), tuple(seconds[s])) for s in candidates)
 
 
-def _speed(transport: Transport, text: str) -> Speed:
-    """The codec of `text` alone, as two_phase uses it, on all ranks at once."""
+def speed(transport: Transport, text: str) -> Speed:
+    """The codec of `text` alone, as two_phase uses it, on all ranks at once; collective."""
     codec = Scheme.parse(text).resolve().codec
     layout = Layout(sizes=(SPEED_NUMEL,), ranks=transport.size, align=codec.align)
     mine = layout.only(transport.rank)

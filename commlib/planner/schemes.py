@@ -6,13 +6,12 @@ and c[l][s] what sending it costs:
     minimise  sum_l c[l][s_l]    where  sum_l e[l][s_l] <= budget = alpha sum_l e[l][default]
 
 Layers have very different sizes and gradients, so an error that one of them can spare costs another
-many bits. It is a knapsack; the dynamic programme cuts the budget into buckets, each error rounded
-up to whole ones, so that the budget is never exceeded:
-
-    u = ceil(e buckets / budget)     best[l][b] = min over s of best[l - 1][b - u[l][s]] + c[l][s]
-
-Rounding up wastes less than layers / buckets of the budget: nothing that stays within the rest is
-cheaper. Pure functions: equal tables give equal plans, on all ranks.
+many bits. It is a knapsack. The dynamic programme goes from layer to layer with those partial plans
+that no other beats in both error and cost; where they become too many, it cuts the budget into
+buckets and keeps the cheapest of each. So the budget is never exceeded, and what is lost is less
+than layers / buckets of it: no plan that stays within the rest is cheaper. (L-GreCo rounds every
+error up to whole buckets instead, which loses as much, and with few layers too.) Pure functions:
+equal tables give equal plans, on all ranks.
 
 Source: L-GreCo (Markov, Alimohammadi, Frantar, Alistarh, MLSys 2024, arXiv 2210.17357), section 4.
 """
@@ -23,9 +22,9 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
+from numpy.typing import NDArray
 
 from commlib_kernels.layout import Layout
 
@@ -45,6 +44,8 @@ from .auto import FP32_BYTES, Speed
 CANDIDATES = tuple(f"int{bits}+ef" for bits in range(2, 9))
 DEFAULT = "int4+ef"
 BUCKETS = 10_000
+# Sums of errors may be off by their rounding on the way; the plan's own is summed exactly.
+SLACK = 1 + 1e-12
 
 Cost = Callable[[TensorInfo, Scheme], float]
 """What sending a tensor under a scheme costs, in any unit."""
@@ -178,32 +179,41 @@ def assign(
 ) -> tuple[int, ...] | None:
     """The dynamic programme: a place for each row, or None where none is within the budget.
 
-    Of equally cheap ones it takes the one that uses the fewest buckets, then the earlier place in
-    the last row where they differ.
+    Exact as long as no more than `buckets` partial plans are worth keeping. Of equally cheap ones
+    it takes the one with the least error, then the earlier places. ValueError: no budget.
     """
     if not (math.isfinite(budget) and budget >= 0) or buckets < 1:
         raise ValueError(f"budget {budget}, buckets {buckets}: finite and >= 0, at least 1")
-    units = [[_units(error, budget, buckets) for error in row] for row in errors]
-    best = np.full(buckets + 1, np.inf)  # least cost by buckets used
-    best[0] = 0.0
-    picks = np.full((len(units), buckets + 1), -1, dtype=np.int16)
-    for row, prices, pick in zip(units, costs, picks, strict=True):
-        new = np.full_like(best, np.inf)
-        for place, (used, price) in enumerate(zip(row, prices, strict=True)):
-            if used > buckets:
-                continue
-            cost = best[: buckets + 1 - used] + price
-            better = cost < new[used:]
-            new[used:][better] = cost[better]
-            pick[used:][better] = place
-        best = new
-    spent = int(best.argmin())
-    if math.isinf(best[spent]):
-        return None
+    error, cost = np.zeros(1), np.zeros(1)  # of the partial plans: errors rise, costs fall
+    trail: list[tuple[NDArray[np.int64], int]] = []
+    for row, prices in zip(errors, costs, strict=True):
+        sums = np.add.outer(np.asarray(row, dtype=np.float64), error).ravel()
+        spent = np.add.outer(np.asarray(prices, dtype=np.float64), cost).ravel()
+        order = np.argsort(sums, kind="stable")
+        order = order[sums[order] <= budget * SLACK]
+        if not order.size:
+            return None
+        falling = spent[order]
+        before = np.minimum.accumulate(np.concatenate(([np.inf], falling[:-1])))
+        order = order[falling < before]
+        if order.size > buckets:  # of each bucket the cheapest, which is its last
+            bucket = np.ceil(sums[order] * (buckets / budget))
+            order = order[np.append(bucket[1:] != bucket[:-1], True)]
+        trail.append((order, error.size))
+        error, cost = sums[order], spent[order]
+    for last in reversed(range(error.size)):  # from the cheapest
+        places = _walk(trail, last)
+        if math.fsum(row[place] for row, place in zip(errors, places, strict=True)) <= budget:
+            return places
+    return None
+
+
+def _walk(trail: Sequence[tuple[NDArray[np.int64], int]], last: int) -> tuple[int, ...]:
+    """The places that led to partial plan `last`: each layer's order is (place, plan before)."""
     places = []
-    for row, pick in zip(reversed(units), reversed(picks), strict=True):
-        places.append(int(pick[spent]))
-        spent -= row[places[-1]]
+    for order, width in reversed(trail):
+        place, last = divmod(int(order[last]), width)
+        places.append(place)
     return tuple(reversed(places))
 
 
@@ -241,15 +251,3 @@ def seconds(topology: Topology, speeds: Mapping[str, Speed]) -> Cost:
 def escape(name: str) -> str:
     """The rule pattern (fnmatch) that matches `name` and nothing else."""
     return re.sub(r"([*?[])", r"[\1]", name)
-
-
-def _units(error: float, budget: float, buckets: int) -> int:
-    """Buckets that an error fills, rounded up; more than there are where it does not fit.
-
-    In whole numbers: a rounded quotient could be a bucket short.
-    """
-    if error == 0:
-        return 0
-    if error > budget:
-        return buckets + 1
-    return math.ceil(Fraction(error) * buckets / Fraction(budget))
