@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,18 +18,21 @@ from .carrier import Carrier
 from .collectives import ALGORITHMS, Pool, Steps, all_gather, differences
 from .compressors import Compressors
 from .copies import Copies
-from .planner import measure
+from .planner import exchange, measure, speed
 from .planner import policy as measured_policy
+from .planner.schemes import Cost, seconds
 from .planning import Planning
 from .plans import Message, Plan, parse_scheme
 from .policy import Policy, TensorInfo
 from .scheme import Role, Scheme
 from .telemetry import Meter
-from .topology import Ranks
+from .topology import Ranks, Topology
 from .traffic import Transport
 from .transport import ProcessGroup, TorchTransport
 
 DEFAULT_POLICY = "int8+ef"
+# of the fp32 tensor whose exchanges `costs` times
+LINK_BYTES = 16 << 20
 
 
 class Engine(Planning):
@@ -189,6 +192,18 @@ class Engine(Planning):
         self._eras = any(rule.from_step for rule in policy.rules)
         self._plans.clear()
         self._carrier.captures.forget()
+
+    def costs(self, schemes: Sequence[str]) -> Cost:
+        """Seconds that a tensor takes under each scheme by the link and the codecs as they are.
+
+        Measured now; collective, with the same schemes (texts) on all ranks. ValueError for a group
+        of one rank.
+        """
+        with self._carrier.still():
+            link = exchange(self.transport, LINK_BYTES)
+            lossy = [text for text in schemes if not parse_scheme(text).lossless]
+            speeds = {text: speed(self.transport, text) for text in lossy}
+        return seconds(Topology(self.size, link), speeds)
 
     def gather(self, mine: torch.Tensor, what: str) -> torch.Tensor:
         """The small tensors of all ranks, one row per rank, the same on all: to decide alike by.

@@ -12,7 +12,7 @@ No `from __future__ import annotations` here: DDP compares the hook's annotation
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -185,13 +185,14 @@ class DDPState(State):
         schemes: Sequence[str] = CANDIDATES,
         default: str = DEFAULT,
         alpha: float = 1.0,
+        objective: Literal["bytes", "seconds"] = "bytes",
     ) -> None:
         """Choose each parameter's scheme anew every `every` steps, from the gradients as they are.
 
-        The fewest bytes whose squared error over all parameters is at most `alpha` times that of
-        `default` everywhere (`planner.schemes` has the equations). Until the first plan the policy
-        stays. All ranks call it alike, between steps. The measured step codes its gradients under
-        every candidate, which takes as long as that many messages do without their sending.
+        The fewest bytes (or seconds) whose squared error over all parameters is at most `alpha`
+        times that of `default` everywhere (`planner.schemes` has the equations). Until the first
+        plan the policy stays. All ranks call it alike, between steps. The measured step codes its
+        gradients under every candidate, which takes as long as that many messages do without their sending.
 
         States saved from now on carry the plan; `replan` again before loading one. A second call
         starts anew, a policy given to `wrap` ends it; a copy of the model keeps the plan it has.
@@ -200,6 +201,8 @@ class DDPState(State):
             every: steps, with a backward that is synchronised, from one plan to the next.
             schemes: texts of the candidates, with one feedback and one block between them:
                 residuals go from one to the other. Default: int2+ef to int8+ef.
+            objective: seconds are by the link and the codecs as measured now. Where they decide,
+                `fp32` may be a candidate beside schemes without feedback.
 
         Raises: ValueError: schemes that do not fit each other or the policy, or no model is known
             (`wrap` knows it). RuntimeError: ranks call it with other arguments.
@@ -209,7 +212,7 @@ class DDPState(State):
                 "plans are by parameter name, and this state knows of no model: use "
                 "commlib.wrap(model) in place of register_comm_hook"
             )
-        settings = Settings(every, tuple(schemes), default, alpha)
+        settings = Settings(every, tuple(schemes), default, alpha, objective)
         replanner = Replanner(settings, self._tensors()[GRADIENTS])
         replanner.start(self.communicator)
         self._replanner = replanner
@@ -278,7 +281,7 @@ class DDPState(State):
         self._names = {p: n.replace(COMPILED, "") for n, p in ddp.module.named_parameters()}
         self._bound = True
         if self._replanner is not None and self._replanner.tensors != self._tensors()[GRADIENTS]:
-            self._replanner = Replanner(self._replanner.settings, self._tensors()[GRADIENTS])
+            self._replanner = self._replanner.of(self._tensors()[GRADIENTS])
         # With a static graph DDP knows the unused ones after one step, and they never change.
         self._find_unused = bool(ddp.find_unused_parameters and not ddp.static_graph)
         device = device_of(ddp)

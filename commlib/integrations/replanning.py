@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,7 +25,7 @@ from commlib.communicator import Communicator
 from commlib.feedback import ErrorFeedback, Plain
 from commlib.hosts import digest
 from commlib.planner.errors import Errors
-from commlib.planner.schemes import CANDIDATES, DEFAULT, Plan, plan, uniform
+from commlib.planner.schemes import CANDIDATES, DEFAULT, Cost, Plan, nbytes, plan, uniform
 from commlib.policy import Policy, TensorInfo
 from commlib.scheme import Scheme, TwoPhase
 
@@ -37,7 +37,7 @@ class Settings:
     """When to plan, and from what; the same on all ranks.
 
     every: steps from one plan to the next. schemes: texts of the candidates. default: the one whose
-    error, everywhere, times `alpha` is the budget.
+    error, everywhere, times `alpha` is the budget. objective: what there is to be least of.
 
     Raises: ValueError: nothing to choose from, or residuals could not go from one candidate to the
         next.
@@ -47,12 +47,15 @@ class Settings:
     schemes: tuple[str, ...] = CANDIDATES
     default: str = DEFAULT
     alpha: float = 1.0
+    objective: Literal["bytes", "seconds"] = "bytes"
 
     def __post_init__(self) -> None:
         if not isinstance(self.every, int) or self.every < 1:
             raise ValueError(f"every is {self.every!r}, it must be a whole number of steps >= 1")
         if not self.alpha > 0:
             raise ValueError(f"alpha is {self.alpha}, it must be > 0; 1 is default's own error")
+        if self.objective not in ("bytes", "seconds"):
+            raise ValueError(f"objective is {self.objective!r}; allowed: bytes, seconds")
         parsed = [Scheme.parse(text) for text in (self.default, *self.schemes)]
         texts = list(dict.fromkeys(map(str, parsed[1:])))
         object.__setattr__(self, "default", str(parsed[0]))
@@ -81,13 +84,14 @@ class Replanner:
         self.settings = settings
         self.tensors = dict(tensors)
         self.steps = 0  # whose last bucket was handed over
+        self._cost: Cost = nbytes
         self._errors: Errors | None = None
 
     def start(self, communicator: Communicator) -> None:
-        """Agree with all ranks on what is watched.
+        """Agree with all ranks on what is watched; measure link and codecs where seconds count.
 
-        Raises: ValueError: residuals under the policy could not go on under the candidates.
-            RuntimeError: ranks differ.
+        Raises: ValueError: residuals under the policy could not go on under the candidates; or one
+            rank, which has no link. RuntimeError: ranks differ.
         """
         mine = self.settings
         policy, first = communicator.policy, Scheme.parse(mine.default).resolve()
@@ -103,6 +107,14 @@ class Replanner:
         )
         text = {"op": "replan", "key": "", **asdict(mine), "tensors": tensors}
         communicator._carrier.agree(text)
+        if mine.objective == "seconds":
+            self._cost = communicator.costs(mine.schemes)
+
+    def of(self, tensors: Mapping[str, TensorInfo]) -> Replanner:
+        """The same for other tensors of the same group, from the first step on."""
+        other = Replanner(self.settings, tensors)
+        other._cost = self._cost
+        return other
 
     def before_step(self, communicator: Communicator) -> Policy | None:
         """Plan where the step before was measured, on all ranks; the new policy, in force."""
@@ -114,7 +126,7 @@ class Replanner:
         for other in every[1:]:
             errors.table += other.view_as(errors.table)
         try:
-            made = plan(errors.layers(self.settings.default), alpha=self.settings.alpha,
+            made = plan(errors.layers(self.settings.default, self._cost), alpha=self.settings.alpha,
                         default=self.settings.default)  # fmt: skip
         except ValueError as error:  # by the sums, so on all ranks
             if communicator.rank == 0:
@@ -123,7 +135,11 @@ class Replanner:
         policy = made.policy(self.settings.default)
         communicator.set_policy(policy, self.tensors)
         if communicator.rank == 0:
-            log.info("step %d: %s", self.steps, _summary(made, self.settings.default))
+            log.info(
+                "step %d: %s",
+                self.steps,
+                _summary(made, self.settings.default, self.settings.objective),
+            )
         return policy
 
     def see(self, names: Sequence[str], gradients: Sequence[torch.Tensor], *, last: bool) -> None:
@@ -160,7 +176,7 @@ class Replanner:
 
 def _interchangeable(a: Scheme, b: Scheme) -> bool:
     """Whether a residual under one is a residual under the other, the owner's too."""
-    plain = all(s.algorithm == TwoPhase(slices=_slices(s)) for s in (a, b))
+    plain = all(s.algorithm == TwoPhase(slices=_slices(s)) or _raw(s) for s in (a, b))
     if not (plain and a.feedback == b.feedback):
         return False
     if not isinstance(a.feedback, ErrorFeedback):
@@ -168,15 +184,20 @@ def _interchangeable(a: Scheme, b: Scheme) -> bool:
     return a.codec.align == b.codec.align and a.codec.format.block == b.codec.format.block
 
 
+def _raw(scheme: Scheme) -> bool:
+    """It has no residual, so where no scheme has one it may take turns."""
+    return scheme.lossless and scheme.feedback == Plain()
+
+
 def _slices(scheme: Scheme) -> int | None:
     return scheme.algorithm.slices if isinstance(scheme.algorithm, TwoPhase) else None
 
 
-def _summary(made: Plan, default: str) -> str:
+def _summary(made: Plan, default: str, unit: str) -> str:
     counts: dict[str, int] = {}
     for text in made.schemes.values():
         counts[text] = counts.get(text, 0) + 1
     shown = ", ".join(f"{n} x {text}" for text, n in sorted(counts.items()))
     gain = uniform(made.layers, default).cost / made.cost
     used = made.error / made.budget if made.budget else 0.0
-    return f"{gain:.2f}x fewer bytes than {default}, {used:.3f} of the error allowed: {shown}"
+    return f"{gain:.2f}x fewer {unit} than {default}, {used:.3f} of the error allowed: {shown}"

@@ -3,7 +3,7 @@
 from .auto import CANDIDATES, Curve, Profile, Speed, choose, policy, predict
 from .breakeven import breakeven, breakeven_table, choices_table
 from .errors import Errors
-from .measure import measure
+from .measure import exchange, measure, speed
 from .schemes import Layer, Plan, plan, uniform
 
 __all__ = [
@@ -18,9 +18,11 @@ __all__ = [
     "breakeven_table",
     "choices_table",
     "choose",
+    "exchange",
     "measure",
     "plan",
     "policy",
     "predict",
+    "speed",
     "uniform",
 ]

@@ -116,15 +116,14 @@ class Plan:
         return math.fsum(la.costs[p] for la, p in zip(self.layers, self.places, strict=True))
 
     def policy(self, default: str = DEFAULT) -> Policy:
-        """A rule for each layer that is compressed, then what the text `default` means for others.
+        """A rule for each layer that is not exact anyway, then what the text `default` means.
 
         The rules are for gradients, of which the errors were measured.
         """
-        chosen = {name: Scheme.parse(text) for name, text in self.schemes.items()}
         rules = [
-            Rule(scheme, key=escape(name), role=Role.GRADIENT)
-            for name, scheme in chosen.items()
-            if not scheme.lossless
+            Rule(Scheme.parse(text), key=escape(layer.name), role=Role.GRADIENT)
+            for layer, text in zip(self.layers, self.schemes.values(), strict=True)
+            if layer.schemes != (str(raw()),)
         ]
         return Policy((*rules, *Policy.parse(default).rules))
 

@@ -15,6 +15,7 @@ from commlib.integrations.replanning import Replanner, Settings
 from commlib.planner import Errors, plan
 from commlib.planner.schemes import CANDIDATES
 from commlib.policy import Policy, TensorInfo
+from commlib.scheme import Scheme
 from tests.integrations.ddp_cases import (
     DDP,
     WIDTH,
@@ -193,6 +194,26 @@ def what_is_refused() -> None:
     assert set(chosen(model).values()) == {"int8"}
 
 
+def seconds_decide() -> None:
+    """Costs are measured, the same on all ranks, and so is the plan."""
+    model = commlib.wrap(DDP(Deep(), **SMALL), "int4")
+    schemes = ("fp32", "bf16", "int4", "int8")
+    state = commlib.of(model)
+    state.replan(1, schemes=schemes, default="int4", objective="seconds")
+    train(model, 3)
+    assert_same_on_all_ranks(weights(model))
+    policy = state.communicator.policy
+    assert policy.rules[0].key == "layers.0.weight"
+    cost = state._replanner._cost
+    infos = state._tensors()["gradients"]
+    digests: list[Any] = [None] * dist.get_world_size()
+    costs = [cost(infos["layers.0.weight"], Scheme.parse(text)) for text in schemes]
+    dist.all_gather_object(digests, (policy.digest(), costs))
+    assert len(set(map(str, digests))) == 1
+    assert all(c > 0 for c in costs)
+    assert costs[0] != infos["layers.0.weight"].numel * 4  # not bytes
+
+
 @processes
 @pytest.mark.parametrize(
     ("case", "ranks"),
@@ -203,6 +224,7 @@ def what_is_refused() -> None:
         (other_ranks_take_the_plan_but_not_the_table, 2),
         (a_step_that_is_not_finite_changes_nothing, 2),
         (what_is_refused, 2),
+        (seconds_decide, 2),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -216,6 +238,7 @@ def test_replanning(pool: Pool, case: Any, ranks: int) -> None:
         ({"every": 0}, "every is 0"),
         ({"every": 1.5}, "every is 1.5"),
         ({"alpha": 0.0}, "alpha is 0.0"),
+        ({"objective": "joules"}, "allowed: bytes, seconds"),
         ({"schemes": ("int4+ef",)}, "two or more"),
         ({"schemes": ()}, "schemes are none"),
         ({"default": "int4:block=64+ef"}, "the default int4:block=64.ef among them"),
@@ -232,7 +255,7 @@ def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:
 
 
 def test_without_feedback_schemes_of_all_kinds_take_turns() -> None:
-    schemes = ("int4", "bf16", "int4:block=64")
+    schemes = ("int4", "fp32", "bf16", "int4:block=64")
     assert Settings(schemes=schemes, default="int4").schemes == schemes
     assert Settings(schemes=("int4+ef", "int2+ef", "int4+ef")).schemes == ("int4+ef", "int2+ef")
     assert Settings().schemes == CANDIDATES

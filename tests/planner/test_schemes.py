@@ -234,6 +234,14 @@ def test_a_policy_survives_text_and_has_one_digest() -> None:
     assert str(policy.choose(vector._replace(ndim=2))) == str(Scheme.parse(DEFAULT).resolve())
 
 
+def test_a_layer_that_chose_raw_stays_raw() -> None:
+    made = plan([Layer("w", 4096, ("fp32", DEFAULT), (0.0, 1.0), (1.0, 2.0))])
+    assert made.policy().choose(TensorInfo("w", 4096, torch.float32, ndim=2)).lossless
+    # one that is exact anyway takes no line
+    exact = plan([Layer("norm", 4096, ("fp32",), (0.0,), (1.0,))])
+    assert exact.policy() == Policy.parse(DEFAULT)
+
+
 # What may be chosen, and what it costs
 
 
