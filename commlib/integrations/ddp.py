@@ -192,7 +192,8 @@ class DDPState(State):
         The fewest bytes (or seconds) whose squared error over all parameters is at most `alpha`
         times that of `default` everywhere (`planner.schemes` has the equations). Until the first
         plan the policy stays. All ranks call it alike, between steps. The measured step codes its
-        gradients under every candidate, which takes as long as that many messages do without their sending.
+        gradients under every candidate, which takes as long as that many messages do without being
+        sent.
 
         States saved from now on carry the plan; `replan` again before loading one. A second call
         starts anew, a policy given to `wrap` ends it; a copy of the model keeps the plan it has.
@@ -201,8 +202,8 @@ class DDPState(State):
             every: steps, with a backward that is synchronised, from one plan to the next.
             schemes: texts of the candidates, with one feedback and one block between them:
                 residuals go from one to the other. Default: int2+ef to int8+ef.
-            objective: seconds are by the link and the codecs as measured now. Where they decide,
-                `fp32` may be a candidate beside schemes without feedback.
+            objective: seconds are by the link and the codecs as measured now, so a resumed run may
+                plan otherwise. `fp32` may be a candidate beside schemes without feedback.
 
         Raises: ValueError: schemes that do not fit each other or the policy, or no model is known
             (`wrap` knows it). RuntimeError: ranks call it with other arguments.

@@ -276,6 +276,39 @@ def test_a_table_of_other_parameters_is_refused() -> None:
     assert torch.equal(same.state_dict()["table"], state["table"])
 
 
+class Two:
+    """A communicator of two ranks as far as planning minds: rank 1 has sent its table."""
+
+    rank, size = 0, 2
+
+    def __init__(self, other: torch.Tensor) -> None:
+        self.other, self.policies = other, []
+
+    def gather(self, mine: torch.Tensor, what: str) -> torch.Tensor:
+        assert what == "error tables of step 0"
+        return torch.stack([mine.reshape(-1), self.other.reshape(-1)])
+
+    def set_policy(self, policy: Policy, tensors: Any) -> None:
+        self.policies.append(policy)
+
+
+def test_the_plan_is_of_all_ranks_gradients() -> None:
+    infos = {n: TensorInfo(n, 4096, torch.float32, ndim=2) for n in "ab"}
+    ramp = torch.linspace(-1, 1, 4096)
+    tables = [Errors(infos, CANDIDATES) for _ in range(3)]
+    for table, (a, b) in zip(tables, ((100, 1), (1, 10_000), (0, 0)), strict=True):
+        table.add("a", a * ramp)
+        table.add("b", b * ramp)
+    replanner = Replanner(Settings(every=1), infos)
+    replanner.see(["a", "b"], [100 * ramp, ramp], last=True)
+    both = Two(tables[1].table)
+    made = replanner.before_step(both)  # type: ignore[arg-type]
+    tables[2].table = tables[0].table + tables[1].table
+    assert both.policies == [made] == [plan(tables[2].layers("int4+ef")).policy()]
+    assert made != plan(tables[0].layers("int4+ef")).policy()
+    assert replanner.before_step(both) is None  # type: ignore[arg-type]  # nothing was measured
+
+
 def test_it_measures_the_last_step_of_a_period() -> None:
     infos = {"w": TensorInfo("w", 4096, torch.float32, ndim=2)}
     replanner = Replanner(Settings(every=3), infos)
