@@ -173,6 +173,20 @@ def a_step_that_is_not_finite_changes_nothing() -> None:
     assert commlib.of(model).policy != was
 
 
+def a_rank_without_data_plans_along() -> None:
+    """Under join the other rank's hook sees zeros, and counts its steps."""
+    model = planned(find_unused_parameters=False)
+    steps = 6 if dist.get_rank() == 0 else 3
+    with model.join():
+        train(model, steps)
+    assert_same_on_all_ranks(weights(model))
+    assert commlib.of(model)._replanner.steps == 6
+    digests: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, commlib.of(model).policy.digest())
+    assert len(set(digests)) == 1
+    assert len(set(chosen(model).values())) > 1
+
+
 def what_is_refused() -> None:
     register = DDPState("int4+ef")
     raises(ValueError, "knows of no model", "commlib.wrap")(register.replan)
@@ -223,6 +237,7 @@ def seconds_decide() -> None:
         (resume_is_bitwise, 2),
         (other_ranks_take_the_plan_but_not_the_table, 2),
         (a_step_that_is_not_finite_changes_nothing, 2),
+        (a_rank_without_data_plans_along, 2),
         (what_is_refused, 2),
         (seconds_decide, 2),
     ],
