@@ -1,4 +1,4 @@
-"""The `commlib` command: bench, demo, warmup, doctor.
+"""The `commlib` command: bench, demo, plan, warmup, doctor.
 
 Exit codes: 0 done, 1 a fault was found or a run failed, 2 wrong arguments, 130 Ctrl-C.
 """
@@ -29,6 +29,7 @@ Distributed training in PyTorch that talks less.
   commlib bench codecs                    codecs on one core against a plain copy
   commlib demo                            train a small GPT on an emulated slow network
   commlib demo --pipeline                 the same in pipeline stages: activations compressed
+  commlib plan --rate 1gbit               a scheme for every layer, by measured gradients
   commlib warmup                          compile all kernels now instead of at the first step
 """
 _BENCH = """\
@@ -110,8 +111,9 @@ def parser() -> argparse.ArgumentParser:
     )
     _codec_options(_command(ops, "codecs", "codecs on one core", _CODECS))
 
-    # has its own options and its own --help; main() hands the words over before parsing
+    # have their own options and their own --help; main() hands the words over before parsing
     commands.add_parser("demo", help="train a small GPT on an emulated network", add_help=False)
+    commands.add_parser("plan", help="a scheme for every layer of a model", add_help=False)
     warmup = _command(commands, "warmup", "compile all kernels into the cache", _WARMUP)
     warmup.add_argument(
         "--codecs", type=_each(_codec), default=(), metavar="LIST", help="only these (default: all)"
@@ -129,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         words.insert(1, COLLECTIVES[0])
     if words[:1] == ["demo"]:
         return _guarded(lambda: _demo(words[1:]))
+    if words[:1] == ["plan"]:
+        return _guarded(lambda: _plan(words[1:]))
     top = parser()
     args = top.parse_args(words)
     if args.version:
@@ -265,6 +269,12 @@ def _demo(words: list[str]) -> int:
     from .demo import main as demo
 
     return demo(words)
+
+
+def _plan(words: list[str]) -> int:
+    from .demo.plan import main as plan
+
+    return plan(words)
 
 
 # ---------------------------------------------------------------- arguments

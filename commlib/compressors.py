@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, get_args
 
 import torch
 
 from commlib_kernels import backend_for
 
 from .codecs.base import Codec, Round
-from .feedback import Compressor, Feedback, Plain
+from .feedback import OWNER, Compressor, Feedback, Plain
 from .modes import OF_PIPELINES
 from .scheme import Hierarchical, Scheme, TwoPhase
+
+
+class Move(NamedTuple):
+    """The residual under `key` goes from one compressor to another, or nowhere."""
+
+    key: str
+    source: Compressor
+    to: Compressor | None
 
 
 class Compressors:
@@ -42,6 +52,51 @@ class Compressors:
         if codec is None or codec == scheme.codec:
             return None
         return self._get(codec, scheme.feedback, False)
+
+    def moves(self, schemes: Mapping[str, Scheme]) -> list[Move]:
+        """Which residuals go where if tensors travel by other schemes from now on.
+
+        schemes: by name; residuals of other names stay where they are.
+
+        Raises: ValueError: one cannot go on under its new scheme.
+        """
+        found: list[Move] = []
+        for (codec, memory, of_hosts), compressor in list(self._made.items()):
+            for key in compressor.residual_keys():
+                name = key.removesuffix(OWNER)
+                scheme = schemes.get(name)
+                if scheme is None:
+                    continue
+                to, why = self._home(scheme, owner=key != name), ""
+                if to is None:
+                    why = "the new one has no memory" if compressor.owes(key) else ""
+                elif to is not compressor:
+                    why = compressor.why_not(key, to, _align(scheme))
+                    same = of_hosts == isinstance(scheme.algorithm, Hierarchical)
+                    why = why or ("" if same else "one of them is of hosts")
+                if why:
+                    raise ValueError(
+                        f"the residual of {name!r} under {text_of(codec, memory, of_hosts)} cannot "
+                        f"go on under {scheme}: {why}; reset() forgets all residuals"
+                    )
+                if to is not compressor:
+                    found.append(Move(key, compressor, to))
+        return found
+
+    def move(self, moves: Sequence[Move]) -> None:
+        """Carry out what `moves` found."""
+        by_ends: dict[tuple[int, int], list[Move]] = {}
+        for move in moves:
+            by_ends.setdefault((id(move.source), id(move.to)), []).append(move)
+        for group in by_ends.values():
+            group[0].source.hand_over([move.key for move in group], group[0].to)
+
+    def _home(self, scheme: Scheme, *, owner: bool) -> Compressor | None:
+        """The compressor that has the residuals of a scheme's tensors; None: it has none."""
+        if scheme.lossless or isinstance(scheme.feedback, (Plain, *OF_PIPELINES)):
+            return None
+        back = self.back(scheme) if owner else None
+        return back or self.of(scheme)
 
     def warmup(self, scheme: Scheme) -> None:
         """Compile what `scheme` needs, whichever rounding it gets where it leaves that open."""
@@ -102,6 +157,13 @@ class Compressors:
         warmup = getattr(backend_for(self._device), "warmup", None)
         if warmup is not None:
             warmup(codec.format, self._device)
+
+
+def _align(scheme: Scheme) -> int:
+    """Chunks of a scheme's messages are cut at multiples of this."""
+    config = scheme.algorithm
+    back = config.back if isinstance(config, TwoPhase) else None
+    return math.lcm(scheme.codec.align, (back or scheme.codec).align)
 
 
 def text_of(codec: Codec, memory: Feedback, of_hosts: bool = False) -> str:

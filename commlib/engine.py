@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,18 +18,21 @@ from .carrier import Carrier
 from .collectives import ALGORITHMS, Pool, Steps, all_gather, differences
 from .compressors import Compressors
 from .copies import Copies
-from .planner import measure
+from .planner import exchange, measure, speed
 from .planner import policy as measured_policy
+from .planner.schemes import Cost, seconds
 from .planning import Planning
 from .plans import Message, Plan, parse_scheme
-from .policy import Policy
+from .policy import Policy, TensorInfo
 from .scheme import Role, Scheme
 from .telemetry import Meter
-from .topology import Ranks
+from .topology import Ranks, Topology
 from .traffic import Transport
 from .transport import ProcessGroup, TorchTransport
 
 DEFAULT_POLICY = "int8+ef"
+# of the fp32 tensor whose exchanges `costs` times
+LINK_BYTES = 16 << 20
 
 
 class Engine(Planning):
@@ -143,6 +147,78 @@ class Engine(Planning):
             raise ValueError(f"rescale: factor is {factor}, it must be finite; reset() forgets")
         with self._carrier.still():
             self._compressors.rescale(factor)
+
+    def set_policy(
+        self, policy: str | Scheme | Policy | dict[str, Any], tensors: Mapping[str, TensorInfo]
+    ) -> None:
+        """Go on under another policy; all ranks call it between the same two calls.
+
+        Residuals go along: what a tensor is owed is sent by its new scheme. Plans are made and
+        agreed on anew.
+
+        Args:
+            tensors: what this communicator sends, by key, as policies see it.
+
+        Raises: ValueError: a residual cannot go on under the new scheme (another feedback, other
+            blocks), and nothing has changed. RuntimeError: ranks come with other policies, or a
+            CUDA graph holds residuals.
+        """
+        new = Policy.parse(policy)
+        if self._carrier.captures.any:
+            raise RuntimeError(
+                "a CUDA graph was captured with this communicator, and goes on with the schemes "
+                "and residuals it was captured with: set the policy before capturing"
+            )
+        text = {"op": "set_policy", "key": new.digest()}
+        with self._carrier.still():
+            refused: ValueError | None = None
+            try:
+                schemes = {name: new.choose(info) for name, info in tensors.items()}
+                moves = self._compressors.moves(schemes)
+            except ValueError as error:  # the others hear of it before they go on
+                refused, text["refused"] = error, str(error)
+            self._carrier.agree(text)
+            if refused is not None:
+                raise refused
+            self._compressors.move(moves)
+            self.take_policy(new)
+
+    def take_policy(self, policy: Policy) -> None:
+        """Go on under another policy without residuals, or with those of a state loaded next.
+
+        What follows is agreed on as ever: ranks with another policy are found before it is sent.
+        """
+        self.policy, self._auto = policy, False
+        self._eras = any(rule.from_step for rule in policy.rules)
+        self._plans.clear()
+        self._carrier.captures.forget()
+
+    def costs(self, schemes: Sequence[str]) -> Cost:
+        """Seconds that a tensor takes under each scheme by the link and the codecs as they are.
+
+        Measured now; collective, with the same schemes (texts) on all ranks. ValueError for a group
+        of one rank.
+        """
+        with self._carrier.still():
+            link = exchange(self.transport, LINK_BYTES)
+            lossy = [text for text in schemes if not parse_scheme(text).lossless]
+            speeds = {text: speed(self.transport, text) for text in lossy}
+        return seconds(Topology(self.size, link), speeds)
+
+    def gather(self, mine: torch.Tensor, what: str) -> torch.Tensor:
+        """The small tensors of all ranks, one row per rank, the same on all: to decide alike by.
+
+        what: it is for; ranks that come with another, or with another size, raise.
+        """
+        flat = mine.detach().reshape(-1).to(self.transport.device)
+        every = flat.new_empty(self.size, flat.numel())
+        with self._carrier.still():
+            self._carrier.agree({"op": "gather", "key": what, "numel": flat.numel()})
+            try:
+                self.transport.all_gather(every.view(-1), flat).wait()
+            except (RuntimeError, OSError) as error:
+                raise self._carrier.fail(error, [], f"gathering {what}") from error
+        return every
 
     def warmup(self, *schemes: str | Scheme) -> None:
         """Compile the kernels of the policy's schemes, and of `schemes`, before they are needed.

@@ -185,6 +185,41 @@ class Compressor:
                 as_bf16 = scales.view(torch.bfloat16)
                 as_bf16.mul_(factor)
 
+    def residual_keys(self) -> tuple[str, ...]:
+        """The names that have a residual here, of senders and (with OWNER) of owners."""
+        return tuple(self._residuals)
+
+    def owes(self, key: str) -> bool:
+        """Whether the residual under `key` is anything but zero; on CUDA the host waits for it."""
+        return bool(self._residuals[key].residual.any())
+
+    def why_not(self, key: str, other: "Compressor", align: int) -> str:
+        """Why the residual under `key` cannot go on in `other`; empty where it can.
+
+        align: of the messages there. An owner's residual is of its chunk, cut at multiples of that.
+        """
+        if key in other._residuals:
+            return f"{other.codec}+{other.feedback} has one too"
+        if self.feedback != other.feedback:
+            return f"it is of +{self.feedback}, not of +{other.feedback}"
+        scaled = self._residuals[key].scales is not None
+        if scaled and self.codec.format.block != other.codec.format.block:
+            return "its int8 scales are of other blocks"
+        if key.endswith(OWNER) and self._shares[key][1] != align:
+            return f"owners' chunks are cut at {self._shares[key][1]} elements, not at {align}"
+        return ""
+
+    def hand_over(self, keys: Sequence[str], other: "Compressor | None") -> None:
+        """Give `other` the residuals under `keys`; None: forget them."""
+        self._told_shares()
+        for key in keys:
+            arena, share = self._residuals.pop(key), self._shares.pop(key)
+            if other is not None:
+                other._residuals[key], other._shares[key] = arena, share
+        # what stays is laid out anew with the next message: old arenas have places for what is gone
+        for place in [p for p in self._arenas if not set(keys).isdisjoint(p[0])]:
+            del self._arenas[place]
+
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Residuals, steps and named state by name, copied to the CPU.
 

@@ -11,7 +11,8 @@ No `from __future__ import annotations` here: DDP compares the hook's annotation
 """
 
 import logging
-from typing import Any, TypeVar, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -27,8 +28,10 @@ from commlib.integrations.ddp_refusals import (
     check,
     device_of,
 )
+from commlib.integrations.replanning import Replanner, Settings
 from commlib.integrations.state import PolicyLike, State
-from commlib.policy import TensorInfo
+from commlib.planner.schemes import CANDIDATES, DEFAULT
+from commlib.policy import Policy, TensorInfo
 
 log = logging.getLogger("commlib")
 
@@ -153,6 +156,7 @@ class DDPState(State):
         self._names: dict[torch.Tensor, str] = {}
         self._bound = False  # to a model, whose parameters have names
         self._detached = False
+        self._replanner: Replanner | None = None
 
     @property
     def communicator(self) -> Communicator:
@@ -174,6 +178,46 @@ class DDPState(State):
         infos = {n: TensorInfo(n, p.numel(), p.dtype, ndim=p.dim()) for p, n in self._names.items()}
         return {GRADIENTS: infos}
 
+    def replan(
+        self,
+        every: int = 100,
+        *,
+        schemes: Sequence[str] = CANDIDATES,
+        default: str = DEFAULT,
+        alpha: float = 1.0,
+        objective: Literal["bytes", "seconds"] = "bytes",
+    ) -> None:
+        """Choose each parameter's scheme anew every `every` steps, from the gradients as they are.
+
+        The fewest bytes (or seconds) whose squared error over all parameters is at most `alpha`
+        times that of `default` everywhere (`planner.schemes` has the equations). Until the first
+        plan the policy stays. All ranks call it alike, between steps. The measured step codes its
+        gradients under every candidate, which takes as long as that many messages do without being
+        sent.
+
+        States saved from now on carry the plan; `replan` again before loading one. A second call
+        starts anew, a policy given to `wrap` ends it; a copy of the model keeps the plan it has.
+
+        Args:
+            every: steps, with a backward that is synchronised, from one plan to the next.
+            schemes: texts of the candidates, with one feedback and one block between them:
+                residuals go from one to the other. Default: int2+ef to int8+ef.
+            objective: seconds are by the link and the codecs as measured now, so a resumed run may
+                plan otherwise. `fp32` may be a candidate beside schemes without feedback.
+
+        Raises: ValueError: schemes that do not fit each other or the policy, or no model is known
+            (`wrap` knows it). RuntimeError: ranks call it with other arguments.
+        """
+        if not self._bound:
+            raise ValueError(
+                "plans are by parameter name, and this state knows of no model: use "
+                "commlib.wrap(model) in place of register_comm_hook"
+            )
+        settings = Settings(every, tuple(schemes), default, alpha, objective)
+        replanner = Replanner(settings, self._tensors()[GRADIENTS])
+        replanner.start(self.communicator)
+        self._replanner = replanner
+
     # What wrap, of and hook do with a state.
 
     def _reduce(self, bucket: Any) -> torch.futures.Future[torch.Tensor]:
@@ -183,9 +227,12 @@ class DDPState(State):
             raise RuntimeError(SPARSE)
         self._device = self._device or buffer.device
         communicator = self.communicator
+        names = tuple(self._name(p) for p in parameters)
+        if self._replanner is not None:
+            self._watch(self._replanner, bucket, names)
         work = communicator.all_reduce_segments(
             buffer,
-            keys=tuple(self._name(p) for p in parameters),
+            keys=names,
             sizes=tuple(p.numel() for p in parameters),
             ndims=tuple(p.dim() for p in parameters),
             factor=1.0 / communicator.size,
@@ -196,6 +243,35 @@ class DDPState(State):
         future = work.get_future().then(lambda done: done.value())
         return cast("torch.futures.Future[torch.Tensor]", future)
 
+    def _watch(self, replanner: Replanner, bucket: Any, names: tuple[str, ...]) -> None:
+        if bucket.index() == 0:
+            self.policy = replanner.before_step(self.communicator) or self.policy
+        replanner.see(names, bucket.gradients(), last=bucket.is_last())
+
+    def _planned(self) -> dict[str, Any]:
+        if self._replanner is None:
+            return {}
+        return {"policy": self.communicator.policy.to_json(), **self._replanner.state_dict()}
+
+    def _load_planned(self, saved: Mapping[str, Any]) -> None:
+        if self._replanner is None:
+            log.warning(
+                "the state is of a run that planned its schemes anew every so often; here they "
+                "stay as they were then, until replan() is called"
+            )
+        else:
+            device = self._device or torch.device("cpu")
+            self._replanner.load_state_dict(saved, device)
+        self.policy = Policy.parse(saved["policy"])
+        self.communicator.take_policy(self.policy)
+
+    def _reconfigure(
+        self, policy: PolicyLike | None, seed: int | None, timeout: float | None
+    ) -> None:
+        if policy is not None:
+            self._replanner = None
+        super()._reconfigure(policy, seed, timeout)
+
     def _name(self, parameter: torch.Tensor) -> str:
         name = self._names.get(parameter)
         if name is None:  # no model, or one whose parameters were exchanged after DDP took them
@@ -205,6 +281,8 @@ class DDPState(State):
     def _bind(self, ddp: DistributedDataParallel) -> None:
         self._names = {p: n.replace(COMPILED, "") for n, p in ddp.module.named_parameters()}
         self._bound = True
+        if self._replanner is not None and self._replanner.tensors != self._tensors()[GRADIENTS]:
+            self._replanner = self._replanner.of(self._tensors()[GRADIENTS])
         # With a static graph DDP knows the unused ones after one step, and they never change.
         self._find_unused = bool(ddp.find_unused_parameters and not ddp.static_graph)
         device = device_of(ddp)

@@ -58,7 +58,11 @@ class Ranks:
 
     def add(self, state: Mapping[str, Any]) -> None:
         """The next rank's state, as `unranked` gives it."""
-        self._first = self._first or {"shapes": state["shapes"], "sums": state["sums"]}
+        # what this rank alone has measured for the next plan is not among it
+        planned = {k: v for k, v in state.get("planned", {}).items() if k != "table"}
+        self._first = self._first or {
+            "shapes": state["shapes"], "sums": state["sums"], "planned": planned
+        }  # fmt: skip
         for name, saved in state["memory"].items():
             if saved["world_size"] != state["world_size"]:  # groups of ranks, by no rule known here
                 self._dropped[name] = self._dropped.get(name, 0) + nbytes(saved)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from commlib.communicator import Communicator
@@ -63,6 +63,13 @@ class State:
         """Of what a communicator reduce-scatters, by name: dimension 0 is what is cut."""
         return {}
 
+    def _planned(self) -> dict[str, Any]:
+        """What re-planning has made of the policy, and goes on with; empty without."""
+        return {}
+
+    def _load_planned(self, saved: Mapping[str, Any]) -> None:
+        """Take up what `_planned` gave."""
+
     @property
     def communicators(self) -> dict[str, Communicator]:
         """By what they carry; the first access makes them, on all ranks alike."""
@@ -87,6 +94,7 @@ class State:
             "memory": {name: c.state_dict() for name, c in self.communicators.items()},
             "shapes": self._shapes(),
             "sums": self._sums,
+            "planned": self._planned(),
         }
         return ranked(state, *in_world(rank, size))
 
@@ -208,6 +216,8 @@ class State:
                 f"the state is of communicators {', '.join(memory)}, this model has "
                 f"{', '.join(mine)}"
             )
+        if state.get("planned"):
+            self._load_planned(state["planned"])
         tensors, shapes = self._tensors(), self._shapes()
         for name, saved in memory.items():
             check_fits(mine[name], tensors.get(name, {}), shapes.get(name, {}), saved)

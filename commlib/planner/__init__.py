@@ -1,19 +1,28 @@
-"""Measured numbers in, schemes out: what `policy="auto"` does, and the break-even table."""
+"""Measured numbers in, schemes out: `policy="auto"`, the break-even table, a scheme per layer."""
 
 from .auto import CANDIDATES, Curve, Profile, Speed, choose, policy, predict
 from .breakeven import breakeven, breakeven_table, choices_table
-from .measure import measure
+from .errors import Errors
+from .measure import exchange, measure, speed
+from .schemes import Layer, Plan, plan, uniform
 
 __all__ = [
     "CANDIDATES",
     "Curve",
+    "Errors",
+    "Layer",
+    "Plan",
     "Profile",
     "Speed",
     "breakeven",
     "breakeven_table",
     "choices_table",
     "choose",
+    "exchange",
     "measure",
+    "plan",
     "policy",
     "predict",
+    "speed",
+    "uniform",
 ]

@@ -40,6 +40,8 @@ SPEND, ROUNDS = 0.25, (5, 15)
 SPEED_NUMEL = 1 << 20
 SPEED_ROUNDS = 5
 
+ALONE = "a group of one rank has no link to measure; it sends nothing"
+
 Run = Callable[[str, torch.Tensor], None]
 
 
@@ -50,12 +52,12 @@ def measure(run: Run, transport: Transport, candidates: Sequence[str] = CANDIDAT
     is done. candidates: scheme texts, raw (`fp32`) first. ValueError for a group of one rank.
     """
     if transport.size < 2:
-        raise ValueError("a group of one rank has no link to measure; it sends nothing")
+        raise ValueError(ALONE)
     if not candidates or candidates[0] != RAW:
         raise ValueError(f"candidates must start with {RAW!r}, got {list(candidates)}")
     began = time.perf_counter()
     curves = _curves(run, transport, candidates)
-    speeds = tuple(_speed(transport, scheme) for scheme in candidates[1:])
+    speeds = tuple(speed(transport, scheme) for scheme in candidates[1:])
     sent = 2 * (transport.size - 1) / transport.size
     plain = curves[0]
     native = _fit(plain.nbytes[0], plain.seconds[0], plain.nbytes[-1], plain.seconds[-1], sent, 1)
@@ -100,8 +102,8 @@ def _curves(run: Run, transport: Transport, candidates: Sequence[str]) -> tuple[
     return tuple(Curve(s, tuple(measured), tuple(seconds[s])) for s in candidates)
 
 
-def _speed(transport: Transport, text: str) -> Speed:
-    """The codec of `text` alone, as two_phase uses it, on all ranks at once."""
+def speed(transport: Transport, text: str) -> Speed:
+    """The codec of `text` alone, as two_phase uses it, on all ranks at once; collective."""
     codec = Scheme.parse(text).resolve().codec
     layout = Layout(sizes=(SPEED_NUMEL,), ranks=transport.size, align=codec.align)
     mine = layout.only(transport.rank)
@@ -126,6 +128,16 @@ def _speed(transport: Transport, text: str) -> Speed:
     nbytes = SPEED_NUMEL * FP32_BYTES
     encode, decode, reduce = (nbytes / max(s, 1e-9) for s in seconds)
     return Speed(text, encode, decode, reduce, codec.nbytes(layout) / nbytes)
+
+
+def exchange(transport: Transport, nbytes: int) -> Link:
+    """The link that fp32 tensors of up to `nbytes` bytes see in two_phase; collective.
+
+    ValueError for a group of one rank.
+    """
+    if transport.size < 2:
+        raise ValueError(ALONE)
+    return _exchange(transport, nbytes, 2 * (transport.size - 1) / transport.size)
 
 
 def _exchange(transport: Transport, nbytes: int, sent: float) -> Link:
