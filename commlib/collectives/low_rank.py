@@ -57,12 +57,11 @@ def _sum(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def product(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """P Q^T, (n, m), of (r, n) and (r, m)."""
-    out = p[0, :, None] * q[0]
+def product(p: torch.Tensor, q: torch.Tensor, out: torch.Tensor, room: torch.Tensor) -> None:
+    """out = P Q^T, (n, m), of (r, n) and (r, m); `room` is like `out`, and spoilt."""
+    torch.mul(p[0, :, None], q[0], out=out)
     for row, other in zip(p[1:], q[1:], strict=True):
-        out.add_(row[:, None] * other)
-    return out
+        out.add_(torch.mul(row[:, None], other, out=room))
 
 
 def approximated(matrix: torch.Tensor, rank: int) -> torch.Tensor:
@@ -72,4 +71,4 @@ def approximated(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     for _ in range(2):
         (p,) = orthonormal([q @ matrix.T])
         q = p @ matrix
-    return product(p, q)
+    return p.T @ q

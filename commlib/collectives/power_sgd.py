@@ -51,7 +51,8 @@ FACTOR = "Q"  # the name of what is remembered of a key, beside its residual
 LIMIT = 2.0**118
 ALIGN = 16  # fp32 numbers: a product may round otherwise where its matrix lies at other addresses
 # Elements that are decoded at a time on a CPU: what a chain of operations works on stays in cache.
-BLOCK = 1 << 15
+# 1024 x 1024 at rank 4 take 1.5 ms so, 8.6 whole, 2.8 by 1 << 14.
+BLOCK = 1 << 16
 
 
 def all_reduce(
@@ -159,17 +160,19 @@ def _decode(
     A residual that was held is still owed beside that.
     """
     n, m = matrix.shape
-    rows = n if out.is_cuda else max(1, BLOCK // max(1, m))
+    rows = n if out.is_cuda else min(n, max(1, BLOCK // m))
     kept = None if residual is None else residual.view(n, m)
+    both = torch.empty(2, rows, m, dtype=torch.float32, device=out.device)
     for a in range(0, n, rows):
-        part = slice(a, a + rows)
-        d = product(p[:, part], q)
+        part = slice(a, min(n, a + rows))
+        d, left = both[:, : part.stop - a]
+        product(p[:, part], q, d, left)
         if kept is not None:
-            left = matrix[part] - d
+            torch.sub(matrix[part], d, out=left)
             if held:
-                left += kept[part]
-            kept[part] = torch.where(good, left, kept[part])
-        out[part] = d.mul_(scale)
+                left.add_(kept[part])
+            torch.where(good, left, kept[part], out=kept[part])
+        torch.mul(d, scale, out=out[part])
 
 
 def _factor(
