@@ -181,7 +181,8 @@ def _factor(
     """The (rank, m) factor that the next message of `name` starts from."""
 
     def start() -> torch.Tensor:
-        seed = (compressor.seed << 32 ^ zlib.crc32(name.encode())) % (1 << 63)
+        # one number of 32 bits: a CPU generator takes no more of its seed
+        seed = zlib.crc32(f"{compressor.seed},{name}".encode())
         return torch.randn(
             rank, shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float32
         )

@@ -223,6 +223,58 @@ def test_a_nonfinite_step_is_seen_by_all_and_leaves_no_trace(bad: float, scheme:
             assert torch.equal(x[:1440], y[:1440])
 
 
+def test_large_gradients_stay_within_fp16() -> None:
+    """As under a loss scale: a norm of 3e4. Q has that norm too, and P would have its square."""
+
+    def body(c: Communicator, scheme: str) -> list[torch.Tensor]:
+        outs = []
+        for step in range(4):
+            x = data(7, 40)[:, None] * data(8, 40) + 0.1 * data(c.rank, 1600, step).view(40, 40)
+            x *= 3e4 / x.norm()
+            c.all_reduce(x, "w", factor="avg", scheme=scheme)
+            outs.append(x)
+        return outs
+
+    fine = on_ranks(2, "fp32", lambda c: body(c, "fp32+ef@power_sgd"))
+    half = on_ranks(2, "fp32", lambda c: body(c, "fp16+ef@power_sgd"))
+    for x, want in zip(half[0], fine[0], strict=True):
+        assert (x - want).norm() < 8 * 2**-11 * want.norm()
+
+
+def test_first_factors_are_of_the_run_and_the_key() -> None:
+    """The same on all ranks, others for another seed and another key."""
+
+    def body(c: Communicator) -> dict[str, torch.Tensor]:
+        x = torch.zeros(2 * 1440)
+        c.all_reduce_segments(x, ("a", "b"), (1440, 1440), shapes=((24, 60), (24, 60)))
+        return memory(c)["memories"]
+
+    first, other = on_ranks(2, FP32, body, seed=1)
+    again, _ = on_ranks(2, FP32, body, seed=2)
+    for name, q in first.items():
+        assert torch.equal(q, other[name])
+        assert not torch.equal(q, again[name])
+        assert 0.7 < q.std() < 1.3
+    assert not torch.equal(first["a|Q"], first["b|Q"])
+
+
+def test_raw_segments_ride_along_and_messages_of_a_key_follow_one_another() -> None:
+    def body(c: Communicator, asynchronous: bool) -> Any:
+        xs = [bucket(c.rank, step) for step in range(4)]
+        works = [
+            c.all_reduce_segments(x, KEYS, SIZES, shapes=SHAPES, async_op=asynchronous) for x in xs
+        ]
+        for work in works:
+            work.wait()
+        return xs, [(row["scheme"], row["calls"]) for row in c.meter.rows()]
+
+    for scheme in (FP32, "fp32@power_sgd:rank=2"):
+        want = on_ranks(3, scheme, lambda c: body(c, False))
+        for xs, rows in on_ranks(3, scheme, lambda c: body(c, True)):
+            assert rows == [(scheme, 4)], "one message per call"
+            assert all(torch.equal(a, b) for a, b in zip(xs, want[0][0], strict=True))
+
+
 def test_zeros_in_between_do_not_end_it() -> None:
     """Q of a zero gradient is zero, and would stay so for ever."""
 
