@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from commlib import Communicator, Policy, Scheme
+from commlib.lane import MIN_BYTES
 from commlib.policy import Rule, TensorInfo
 from commlib.reshard import redistribute
 from commlib.scheme import PowerSGD, matrix_of
@@ -292,6 +293,29 @@ def test_with_what_else_there_is() -> None:
             error = (x[2400:4800] - want[2400:4800]).norm() / want[2400:4800].norm()
             assert error < 1e-6 if step == 1 else 0.3 < error < 1.5
         assert {row["scheme"] for row in rows} == {"fp32", "int8:round=nearest+ef", SCHEME}
+
+
+def test_large_messages_overtake_one_another_with_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In lanes of their own (lane.py), which COMMLIB_CHECK switches off."""
+
+    def body(c: Communicator) -> list[torch.Tensor]:
+        xs = [data(c.rank, 1_800_000, step).view(2000, 900) for step in range(4)]
+        works = [
+            c.all_reduce(x, f"w{place % 2}", factor="avg", async_op=True)
+            for place, x in enumerate(xs)
+        ]
+        for work in works:
+            work.wait()
+        (plan, *_) = c._plans.values()
+        assert plan.messages[0].part_bytes("all_reduce", 2) == 4 * 8 * 2000 // 2 >= MIN_BYTES
+        return xs
+
+    want = on_ranks(2, "fp32+ef@power_sgd:rank=8", body)
+    monkeypatch.setenv("COMMLIB_CHECK", "1")
+    for xs in on_ranks(2, "fp32+ef@power_sgd:rank=8", body):
+        assert all(torch.equal(x, y) for x, y in zip(xs, want[0], strict=True))
 
 
 def test_every_payload_is_checked_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
