@@ -35,7 +35,7 @@ from bench.problems import Digits, LeastSquares, train
 from commlib import Scheme, codec
 from commlib.benchmark.rows import origin
 from commlib.feedback import ErrorFeedback
-from commlib.policy import TwoPhase
+from commlib.policy import PowerSGD, TwoPhase
 
 RESULTS = Path(__file__).parent / "results" / "feedback.jsonl"
 
@@ -74,6 +74,9 @@ DIGITS = (
     Expected("int2:round=nearest", 0.0574, ">= 1.8"),
     Expected("int3:round=nearest", 0.0315),
     Expected("int2+ef:omega=0.2", 0.0291),
+    Expected("fp32+ef@power_sgd", 0.0266, "<= 1.1"),
+    Expected("fp32+ef@power_sgd:rank=2", 0.0264, "<= 1.1"),
+    Expected("fp32+ef@power_sgd:rank=4", 0.0286, "<= 1.1"),
     Expected("int4:round=stochastic", 0.0307),
     Expected("ternary:block=tensor", 0.0275),
     Expected("natural", 0.0311),
@@ -96,8 +99,10 @@ def digits(seeds: Sequence[int], steps: int, rows: Sequence[Expected] = DIGITS) 
     base: dict[bool, float] = {}
     for row in rows:
         began = time.perf_counter()
-        problem = problems[row.skewed]
-        losses = problem.losses(train(problem, Scheme.parse(row.scheme), steps))
+        problem, scheme = problems[row.skewed], Scheme.parse(row.scheme)
+        if isinstance(scheme.algorithm, PowerSGD):  # which goes by matrices
+            problem = Digits(seeds, skewed=row.skewed, layered=True)
+        losses = problem.losses(train(problem, scheme, steps))
         loss = math.fsum(losses) / len(losses)
         base.setdefault(row.skewed, loss)  # fp32 stands first
         ratio = loss / base[row.skewed]

@@ -24,6 +24,7 @@ class Problem(Protocol):
 
     keys: tuple[str, ...]
     sizes: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...] | None  # where segments are matrices
     rate: float  # of SGD
 
     def start(self) -> torch.Tensor: ...
@@ -42,7 +43,7 @@ def train(problem: Problem, scheme: Scheme, steps: int) -> torch.Tensor:
         for batch in problem.batches(transport.rank, steps):
             gradient = problem.gradient(weights, batch)
             communicator.all_reduce_segments(
-                gradient, problem.keys, problem.sizes, factor="avg"
+                gradient, problem.keys, problem.sizes, shapes=problem.shapes, factor="avg"
             ).wait()
             weights.sub_(gradient, alpha=problem.rate)
         communicator.close()
@@ -59,6 +60,7 @@ class Digits:
     """MLP 64-64-64-10, ReLU, softmax loss; one model per seed, 16 images per rank and step.
 
     skewed: each rank has digits of few classes (sorted shards) instead of a share of all.
+    layered: every matrix and bias is a segment of its own, instead of every model.
     """
 
     layers = ((64, 64), (64, 64), (64, 10))
@@ -66,7 +68,9 @@ class Digits:
     rate = 0.2
     batch = 16
 
-    def __init__(self, seeds: Sequence[int], *, skewed: bool = False) -> None:
+    def __init__(
+        self, seeds: Sequence[int], *, skewed: bool = False, layered: bool = False
+    ) -> None:
         from sklearn.datasets import load_digits
 
         images, labels = load_digits(return_X_y=True)
@@ -78,7 +82,13 @@ class Digits:
         self.seeds = tuple(seeds)
         self.skewed = skewed
         self.keys = tuple(f"seed{seed}" for seed in seeds)
-        self.sizes = (self.numel,) * len(seeds)
+        self.sizes: tuple[int, ...] = (self.numel,) * len(seeds)
+        self.shapes: tuple[tuple[int, ...], ...] | None = None
+        if layered:
+            shapes = [shape for fans in self.layers for shape in (fans, fans[1:])]
+            self.keys = tuple(f"{key}/{n}" for key in self.keys for n in range(len(shapes)))
+            self.shapes = tuple(shapes * len(seeds))
+            self.sizes = tuple(map(math.prod, self.shapes))
 
     def start(self) -> torch.Tensor:
         weights = torch.zeros(len(self.seeds), self.numel)
@@ -150,6 +160,7 @@ class Digits:
 class LeastSquares:
     """y = x.w + 0.1 noise, 10 000 Gaussian samples; one model per dimension and seed."""
 
+    shapes = None
     rate = 0.02
     batch = 64
     samples = 10_000

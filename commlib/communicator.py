@@ -74,6 +74,7 @@ class Communicator(Engine):
         ndims: tuple[int, ...] | None = None,
         numels: tuple[int, ...] | None = None,
         *,
+        shapes: tuple[tuple[int, ...], ...] | None = None,
         factor: float | str = 1.0,
         role: Role = Role.GRADIENT,
         async_op: bool = False,
@@ -87,11 +88,13 @@ class Communicator(Engine):
                 each. ndims None: not known.
             numels: elements of the tensors that the segments are shards of, as the policy counts
                 them; None: `sizes`.
+            shapes: of the tensors where the segments are whole, for schemes that go by matrices
+                (power_sgd); None: such segments travel raw.
             hold: segments whose residual stays out of this message (unused parameters).
             own: called instead where nothing is compressed: a collective of the library's own.
         """
         times = self._factor(factor, x)
-        plan = self._segments("all_reduce", x, keys, sizes, ndims, numels, role)
+        plan = self._segments("all_reduce", x, keys, sizes, ndims, numels, role, shapes=shapes)
         if plan.lossless and own is not None:
             return _done(own, x)
         flat, held = x.detach().view(-1), tuple(hold)

@@ -13,7 +13,7 @@ from commlib_kernels import backend_for
 from .codecs.base import Codec, Round
 from .feedback import OWNER, Compressor, Feedback, Plain
 from .modes import OF_PIPELINES
-from .scheme import Hierarchical, Scheme, TwoPhase
+from .scheme import AlgorithmConfig, Hierarchical, PowerSGD, Scheme, TwoPhase
 
 
 class Move(NamedTuple):
@@ -28,22 +28,22 @@ class Compressors:
     """Made on first use, with their kernels compiled.
 
     Those of hierarchical schemes are others: they remember sums of a host, and of its part alone.
+    So are those of low rank, which remember a factor of that rank.
 
     seed: of the random streams. rank: of this process in its group.
     """
 
     def __init__(self, device: torch.device, seed: int, rank: int) -> None:
         self._device, self._seed, self._rank = device, seed, rank
-        self._made: dict[tuple[Codec, Feedback, bool], Compressor] = {}
+        self._made: dict[tuple[Codec, Feedback, AlgorithmConfig | None], Compressor] = {}
 
     def of(self, scheme: Scheme) -> Compressor:
         """The compressor of `scheme`."""
-        of_hosts = isinstance(scheme.algorithm, Hierarchical)
-        return self._get(scheme.codec, scheme.feedback, of_hosts)
+        return self._get(scheme.codec, scheme.feedback, apart(scheme))
 
     def plain(self, codec: Codec) -> Compressor:
         """The compressor of a codec without memory."""
-        return self._get(codec, Plain(), False)
+        return self._get(codec, Plain(), None)
 
     def back(self, scheme: Scheme) -> Compressor | None:
         """The compressor of its second half, where that is another one."""
@@ -51,7 +51,7 @@ class Compressors:
         codec = config.back if isinstance(config, TwoPhase) else None
         if codec is None or codec == scheme.codec:
             return None
-        return self._get(codec, scheme.feedback, False)
+        return self._get(codec, scheme.feedback, None)
 
     def moves(self, schemes: Mapping[str, Scheme]) -> list[Move]:
         """Which residuals go where if tensors travel by other schemes from now on.
@@ -61,7 +61,7 @@ class Compressors:
         Raises: ValueError: one cannot go on under its new scheme.
         """
         found: list[Move] = []
-        for (codec, memory, of_hosts), compressor in list(self._made.items()):
+        for (codec, memory, of), compressor in list(self._made.items()):
             for key in compressor.residual_keys():
                 name = key.removesuffix(OWNER)
                 scheme = schemes.get(name)
@@ -72,11 +72,11 @@ class Compressors:
                     why = "the new one has no memory" if compressor.owes(key) else ""
                 elif to is not compressor:
                     why = compressor.why_not(key, to, _align(scheme))
-                    same = of_hosts == isinstance(scheme.algorithm, Hierarchical)
-                    why = why or ("" if same else "one of them is of hosts")
+                    alike = of == apart(scheme)
+                    why = why or ("" if alike else "one of them is of hosts, or of low rank")
                 if why:
                     raise ValueError(
-                        f"the residual of {name!r} under {text_of(codec, memory, of_hosts)} cannot "
+                        f"the residual of {name!r} under {text_of(codec, memory, of)} cannot "
                         f"go on under {scheme}: {why}; reset() forgets all residuals"
                     )
                 if to is not compressor:
@@ -108,11 +108,8 @@ class Compressors:
                 self._compile(codec.rounded(rounding))
 
     def state_dict(self) -> dict[str, Any]:
-        """What each remembers, by `CODEC+FEEDBACK`, with `@hierarchical` where it is of hosts."""
-        return {
-            text_of(codec, memory, of_hosts): compressor.state_dict()
-            for (codec, memory, of_hosts), compressor in self._made.items()
-        }
+        """What each remembers, by `CODEC+FEEDBACK`, and the algorithm that alone has use for it."""
+        return {text_of(*made): compressor.state_dict() for made, compressor in self._made.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`; what is not in it is forgotten.
@@ -138,11 +135,11 @@ class Compressors:
     def nbytes(self) -> int:
         return sum(compressor.nbytes() for compressor in self._made.values())
 
-    def _get(self, codec: Codec, memory: Feedback, of_hosts: bool) -> Compressor:
-        made = self._made.get((codec, memory, of_hosts))
-        return made if made is not None else self._make(codec, memory, of_hosts)
+    def _get(self, codec: Codec, memory: Feedback, of: AlgorithmConfig | None) -> Compressor:
+        made = self._made.get((codec, memory, of))
+        return made if made is not None else self._make(codec, memory, of)
 
-    def _make(self, codec: Codec, memory: Feedback, of_hosts: bool) -> Compressor:
+    def _make(self, codec: Codec, memory: Feedback, of: AlgorithmConfig | None) -> Compressor:
         if isinstance(memory, OF_PIPELINES):
             raise ValueError(
                 f"{codec}+{memory}: {memory.id} is a mode of pipeline stages, which no collective "
@@ -150,7 +147,7 @@ class Compressors:
             )
         made = Compressor(codec, memory, self._seed, self._rank, self._device)
         self._compile(codec)  # before ranks wait for each other: a first compilation takes seconds
-        self._made[codec, memory, of_hosts] = made
+        self._made[codec, memory, of] = made
         return made
 
     def _compile(self, codec: Codec) -> None:
@@ -166,7 +163,15 @@ def _align(scheme: Scheme) -> int:
     return math.lcm(scheme.codec.align, (back or scheme.codec).align)
 
 
-def text_of(codec: Codec, memory: Feedback, of_hosts: bool = False) -> str:
-    """`CODEC+FEEDBACK`: a scheme's text, with no algorithm but a hierarchical one."""
+def apart(scheme: Scheme) -> AlgorithmConfig | None:
+    """The algorithm of `scheme` where what it remembers is of no use to others."""
+    config = scheme.algorithm
+    if isinstance(config, Hierarchical):
+        return Hierarchical()
+    return PowerSGD(config.rank) if isinstance(config, PowerSGD) else None
+
+
+def text_of(codec: Codec, memory: Feedback, of: AlgorithmConfig | None = None) -> str:
+    """`CODEC+FEEDBACK`: a scheme's text, with no algorithm but one that is `apart`."""
     text = f"{codec}+{memory}" if str(memory) else str(codec)
-    return f"{text}@{Hierarchical.id}" if of_hosts else text
+    return text if of is None else f"{text}@{of}"

@@ -4,7 +4,7 @@ What there is to remember, and by what rule: `modes`.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,6 +20,9 @@ __all__ = ["Compressor", "ErrorFeedback", "Feedback", "Key", "Plain", "feedback"
 
 Key = str | tuple[str, ...] | None
 """Names of a message's segments; None: anonymous, which has no memory."""
+
+Start = Callable[[], torch.Tensor]
+"""What gives a named state its first value."""
 
 OWNER = "|reduced"
 CPU = torch.device("cpu")
@@ -74,6 +77,7 @@ class Compressor:
         self._arenas: dict[tuple[tuple[str, ...], tuple[int, ...], int], _Arena] = {}
         self._counters = counters(self.device, stochastic=self.codec.format.stochastic)
         self._memories: dict[tuple[str, str], torch.Tensor] = {}
+        self._starts: dict[tuple[str, str], Start] = {}
         self._streams: dict[Key, tuple[int, ...]] = {}
         self._shares: dict[str, list[Any]] = {}  # how each residual joins the result
         self._factors: dict[Key, float] = {}  # of the last sum, by the owner's key
@@ -148,11 +152,55 @@ class Compressor:
         memory = self._memory(key, layout, out.device, owner=True, hold=hold) if coded else None
         self.codec.reduce(wires, out, layout, self._tag(key), factor=factor, memory=memory)
 
-    def memory(self, key: str, name: str, like: torch.Tensor) -> torch.Tensor:
-        """Named state of a key, made of zeros on first use (PowerSGD's Q, delta references)."""
-        if (key, name) not in self._memories:
-            self._memories[key, name] = torch.zeros_like(like)
-        return self._memories[key, name]
+    def residual(self, name: str, numel: int, ranks: int, factor: float) -> torch.Tensor:
+        """The fp32 residual of a tensor, flat, in memory of its own; zeros on first use.
+
+        For collectives that renew it themselves: what `compress` knows is kept side by side.
+
+        Args:
+            ranks, factor: of the sum that the tensor is part of.
+        """
+        self.check(name, Layout((numel,)))
+        held = self._residuals.get(name)
+        if held is None or held.residual.device != self.device:  # loaded state is on the CPU
+            with torch.inference_mode(False):
+                kept = torch.zeros(numel, dtype=torch.float32, device=self.device)
+                if held is not None:
+                    kept.copy_(held.residual)
+            held = self._residuals[name] = _Arena(kept, None)
+        share = "avg" if ranks > 1 and factor == 1 / ranks else factor
+        self._shares[name] = [ranks, 1, share]
+        return held.residual
+
+    def memory(
+        self, key: str, name: str, like: torch.Tensor, start: Start | None = None
+    ) -> torch.Tensor:
+        """Named state of a key (PowerSGD's Q, delta references), made on first use.
+
+        Args:
+            start: gives the state at first, and after a reset in place; None: zeros.
+
+        Raises:
+            ValueError: it is there, with another shape.
+        """
+        place = (key, name)
+        if start is not None:
+            self._starts[place] = start
+        held = self._memories.get(place)
+        if held is not None and held.shape != like.shape:
+            raise ValueError(
+                f"{name} of {key!r} has shape {tuple(held.shape)}, this tensor needs "
+                f"{tuple(like.shape)}; a key names one tensor of one shape: use another key, or "
+                "reset()"
+            )
+        if held is None or held.device != like.device:
+            with torch.inference_mode(False):
+                first = held if held is not None else start() if start is not None else None
+                held = torch.zeros_like(like)
+                if first is not None:
+                    held.copy_(first)
+            self._memories[place] = held
+        return held
 
     def nbytes(self) -> int:
         """Bytes of all memory."""
@@ -171,6 +219,9 @@ class Compressor:
         if in_place:
             for tensor in self._held():
                 tensor.zero_()
+            for place, start in self._starts.items():
+                if place in self._memories:
+                    self._memories[place].copy_(start())
             return
         self._residuals.clear()
         self._arenas.clear()

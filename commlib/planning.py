@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from .carrier import Carrier
-from .collectives import hierarchical
+from .collectives import hierarchical, power_sgd
 from .compressors import Compressors
 from .feedback import names_of
 from .hosts import digest, identity
 from .modes import OF_PIPELINES, Delta
-from .plans import Message, Plan, explicit, is_exact, segmented, single, why_raw
+from .plans import Message, Plan, explicit, is_exact, parse_scheme, segmented, single, why_raw
 from .policy import Policy, TensorInfo, raw
-from .scheme import AlgorithmConfig, Hierarchical, Role, Scheme, TwoPhase
+from .scheme import AlgorithmConfig, Hierarchical, PowerSGD, Role, Scheme, TwoPhase
 from .stamp import WIRE_VERSION
 from .telemetry import Meter
 from .topology import Ranks, columns_of, nodes_of
@@ -32,7 +32,8 @@ logger = logging.getLogger("commlib")
 # Characters of a policy, or of the ranks of all hosts, that plans are compared by; else a digest.
 SHOWN = 80
 # What else moves are values, not increments: yesterday's residual has no place there.
-INCREMENTS = ("all_reduce", "reduce_scatter")
+ALL_REDUCE = "all_reduce"
+INCREMENTS = (ALL_REDUCE, "reduce_scatter")
 # What may travel as the difference to what all ranks hold.
 GATHER = "all_gather"
 
@@ -77,23 +78,24 @@ class Planning:
         # unequal parts have sizes of their own on every rank
         numel = 0 if op == "all_to_all of parts" else x.numel()
         era = self._era((key or op,))
-        id_ = (op, key, numel, x.dtype, x.ndim > 1, role, scheme, is_exact(), era, detail)
+        shape = tuple(x.shape) if op == ALL_REDUCE and self._goes_by_shape(scheme) else None
+        id_ = (op, key, numel, x.dtype, x.ndim > 1, role, scheme, is_exact(), era, detail, shape)
         plan = self._plans.get(id_)
         if plan is not None:
             return plan
         if scheme is not None:
-            chosen = explicit(scheme, key, x.dtype, role)
+            chosen = explicit(scheme, key, x.dtype, role, shape)
         elif is_exact():
             chosen = raw()
         else:
             # one dimension may be a vector or any flat buffer
             ndim = x.ndim if x.ndim > 1 else None
-            chosen = self._choose(TensorInfo(key, numel, x.dtype, role, ndim, era))
+            chosen = self._choose(TensorInfo(key, numel, x.dtype, role, ndim, era, shape))
             chosen = _suited(op, chosen)
         _check_memory(op, chosen)
         if op != "all_reduce":
             chosen = self._flat(op, chosen)
-        plan = single(op, chosen, key, numel, x.dtype)
+        plan = single(op, chosen, key, numel, x.dtype, shape)
         if detail is not None:
             plan.text["detail"] = detail
         self._adopt(id_, plan)
@@ -109,14 +111,16 @@ class Planning:
         numels: tuple[int, ...] | None,
         role: Role,
         rows: int = 0,
+        shapes: tuple[tuple[int, ...], ...] | None = None,
     ) -> Plan:
         """The plan of a call on named segments of `x`, agreed.
 
-        rows: how often `x` has them, for reduce_scatter.
+        rows: how often `x` has them, for reduce_scatter. shapes: of whole tensors.
         """
         check_tensor(op, x, self.transport.device)
         plain, era = is_exact(), self._era(keys)
-        id_ = (op, keys, sizes, numels, x.dtype, role, plain, era)
+        shapes = shapes if self.policy.shaped else None
+        id_ = (op, keys, sizes, numels, x.dtype, role, plain, era, shapes)
         plan = self._plans.get(id_)
         if plan is not None:
             return plan
@@ -128,12 +132,17 @@ class Planning:
             )
         if len(set(keys)) != len(keys):
             raise ValueError(f"{op}_segments: a key names one tensor, got {keys}")
+        if shapes is not None and tuple(map(math.prod, shapes)) != sizes:
+            raise ValueError(
+                f"{op}_segments: shapes {shapes} are not those of tensors with {sizes} elements"
+            )
         # What was measured is messages, so under "auto" the size of the message decides.
         numels = numels or tuple(n * max(1, rows) for n in sizes)
-        facts = zip(keys, numels, ndims or (None,) * len(keys), strict=True)
+        unknown = (None,) * len(keys)
+        facts = zip(keys, numels, ndims or unknown, shapes or unknown, strict=True)
         infos = [
-            TensorInfo(k, x.numel() if self._auto else n, x.dtype, role, d, era)
-            for k, n, d in facts
+            TensorInfo(k, x.numel() if self._auto else n, x.dtype, role, d, era, shape)
+            for k, n, d, shape in facts
         ]
         schemes = [raw() if plain else self._choose(info) for info in infos]
         schemes = [_suited(op, scheme) for scheme in schemes]
@@ -144,10 +153,11 @@ class Planning:
         # Under a policy that compresses, raw segments are added in rank order like the others.
         own = plain or self.policy.lossless or self._auto or op not in INCREMENTS
         own = own and all(scheme.lossless for scheme in schemes)
-        exactly = self._exactly() if op == "all_reduce" else None
+        exactly = self._exactly() if op == ALL_REDUCE else None
         plan = segmented(
-            op, keys, sizes, schemes, x.dtype, lossless=own, exactly=exactly, rows=rows
-        )
+            op, keys, sizes, schemes, x.dtype,
+            lossless=own, exactly=exactly, rows=rows, shapes=shapes,
+        )  # fmt: skip
         self._adopt(id_, plan)
         return plan
 
@@ -199,6 +209,9 @@ class Planning:
                 return
             share = mine
         compressor.check(message.key, share)
+        if isinstance(message.scheme.algorithm, PowerSGD) and self.size > 1:
+            rank = message.scheme.algorithm.rank
+            power_sgd.check(compressor, message.key, message.shapes, rank)
 
     def _check_hosts(self, message: Message) -> None:
         """Say where there is nothing between hosts to compress."""
@@ -208,16 +221,24 @@ class Planning:
                 self.meter.not_compressed(name, reason)
 
     def _flat(self, op: str, scheme: Scheme) -> Scheme:
-        """The scheme of a collective other than all_reduce, none of which knows hosts."""
+        """The scheme of a collective other than all_reduce: they know no hosts and no matrices."""
         flat = scheme.flat()
         if flat != scheme and (op, scheme) not in self._told:
             self._told.add((op, scheme))
             if self.rank == 0:
+                by_hosts = isinstance(scheme.algorithm, Hierarchical)
                 logger.warning(
-                    "%s knows no hosts: under %s it goes as %s, between all ranks alike",
-                    op, scheme, flat,
+                    "%s knows no %s: under %s it goes as %s%s",
+                    op, "hosts" if by_hosts else "low rank", scheme, flat,
+                    ", between all ranks alike" if by_hosts else "",
                 )  # fmt: skip
         return flat
+
+    def _goes_by_shape(self, scheme: str | Scheme | None) -> bool:
+        """Whether what is chosen depends on the shape of a tensor."""
+        if scheme is None:
+            return self.policy.shaped
+        return isinstance(parse_scheme(scheme).algorithm, PowerSGD)
 
     def _choose(self, info: TensorInfo) -> Scheme:
         scheme = self.policy.choose(info)
@@ -270,6 +291,9 @@ class Planning:
                 "inner": self._compressors.plain(inner),
                 "slices": config.slices,
             }
+        if isinstance(config, PowerSGD):
+            plain = self._compressors.plain(message.scheme.codec)
+            return {"rank": config.rank, "shapes": message.shapes, "plain": plain}
         return {}
 
 

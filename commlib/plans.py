@@ -20,7 +20,9 @@ import torch
 
 from commlib_kernels.layout import Layout
 
-from .feedback import Key, Plain, names_of
+from .collectives import power_sgd
+from .collectives.power_sgd import Shapes
+from .feedback import Key, names_of
 from .modes import Delta
 from .policy import Policy, TensorInfo, raw
 from .scheme import (
@@ -28,10 +30,12 @@ from .scheme import (
     AlgorithmConfig,
     Hierarchical,
     Native,
+    PowerSGD,
     Role,
     Scheme,
     TwoPhase,
     check_dtype,
+    matrix_of,
 )
 
 # A raw segment's residual would be memory for nothing; above this share of a message's elements raw
@@ -74,6 +78,7 @@ class Message:
     layout: Layout  # of the whole tensor, with ranks=1
     key: Key
     segments: tuple[int, ...]
+    shapes: Shapes = ()  # of matrices, where the algorithm goes by them
     names: frozenset[str] = frozenset()  # states it changes
     name: str = ""  # of the scheme
     differences: bool = False  # it carries differences to what all ranks hold
@@ -91,9 +96,11 @@ class Message:
 
     def part_bytes(self, op: str, ranks: int) -> int:
         """About what it has for each of `ranks`, where all get as much; else 0."""
-        if op not in EVEN or (
-            op == "all_reduce" and not isinstance(self.scheme.algorithm, TwoPhase)
-        ):
+        config = self.scheme.algorithm
+        if op == "all_reduce" and isinstance(config, PowerSGD):
+            exchanges = power_sgd.exchanges(self.layout, self.shapes, config.rank)
+            return max(map(self.scheme.codec.nbytes, exchanges)) // ranks
+        if op not in EVEN or (op == "all_reduce" and not isinstance(config, TwoPhase)):
             return 0
         if self.scheme.lossless:
             return self.layout.numel * self.layout.dtype.itemsize // ranks
@@ -126,11 +133,27 @@ def parse_scheme(text: str | Scheme) -> Scheme:
     return text if isinstance(text, Scheme) else Scheme.parse(text)
 
 
-def explicit(text: str | Scheme, key: Key, dtype: torch.dtype, role: Role) -> Scheme:
-    """The scheme that a call names for itself; ValueError where the tensor cannot take it."""
+def explicit(
+    text: str | Scheme,
+    key: Key,
+    dtype: torch.dtype,
+    role: Role,
+    shape: tuple[int, ...] | None = None,
+) -> Scheme:
+    """The scheme that a call names for itself; ValueError where the tensor cannot take it.
+
+    shape: where it may go as a matrix, that is in an all_reduce.
+    """
     scheme = parse_scheme(text)
     check_dtype(scheme, dtype)
-    if key is None and scheme.feedback != Plain():
+    if shape is not None and isinstance(scheme.algorithm, PowerSGD):
+        why = scheme.algorithm.unsuited(shape, scheme.codec, dtype)
+        if why:
+            raise ValueError(
+                f"scheme {str(scheme)!r} got a tensor of shape {shape}: {why}; use a smaller rank "
+                "or min_rate, or 'fp32'"
+            )
+    if key is None and scheme.remembers:
         raise ValueError(
             f"scheme {str(scheme)!r} remembers residuals under a key and this tensor has none: "
             f"give it a key, or use {str(scheme.stateless())!r}"
@@ -147,13 +170,27 @@ def why_raw(policy: Policy, info: TensorInfo) -> str | None:
         return None
     if info.dtype not in DTYPES:
         return f"{str(info.dtype).removeprefix('torch.')} tensors travel raw"
+    config, codec = rule.scheme.algorithm, rule.scheme.codec
+    if isinstance(config, PowerSGD):
+        why = config.unsuited(info.shape, codec, info.dtype)
+        return f"under {rule.scheme}: {why or 'without a key there is nothing to start from'}"
     return f"{info.numel} values under {rule.scheme} would not be smaller than raw"
 
 
-def single(op: str, scheme: Scheme, key: str | None, numel: int, dtype: torch.dtype) -> Plan:
-    """The plan of a call on one tensor."""
-    message = Message(scheme, Layout((numel,), dtype), key, (0,))
+def single(
+    op: str,
+    scheme: Scheme,
+    key: str | None,
+    numel: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...] | None = None,
+) -> Plan:
+    """The plan of a call on one tensor. shape: where `scheme` goes by matrices."""
+    shapes = (matrix_of(shape),) if shape and isinstance(scheme.algorithm, PowerSGD) else ()
+    message = Message(scheme, Layout((numel,), dtype), key, (0,), shapes)
     text = {"scheme": message.name, "numel": numel, "dtype": str(dtype)}
+    if shapes:
+        text["shapes"] = [list(shape) for shape in shapes]
     return Plan(op, key or f"({numel} values)", [message], text)
 
 
@@ -167,12 +204,13 @@ def segmented(
     lossless: bool,
     exactly: AlgorithmConfig | None = None,
     rows: int = 0,
+    shapes: Sequence[tuple[int, ...]] | None = None,
 ) -> Plan:
     """The plan of a call on segments back to back: one message per scheme.
 
     lossless: all of them raw, as one message of the library's own. exactly: how raw segments are
     summed beside compressed ones; None: two_phase. rows: how often the tensor has the segments, for
-    reduce_scatter.
+    reduce_scatter. shapes: of the tensors, which schemes that go by matrices need.
     """
     label = keys[0] if len(keys) == 1 else f"{keys[0]} +{len(keys) - 1}"
     text = {
@@ -182,6 +220,8 @@ def segmented(
         "dtype": str(dtype),
         "native": lossless,
     }
+    if shapes is not None:
+        text["shapes"] = [list(shape) for shape in shapes]
     if lossless or dtype not in DTYPES:
         layout = Layout((sum(sizes) * max(1, rows),), dtype)
         return Plan(op, label, [Message(raw(), layout, None, tuple(range(len(sizes))))], text)
@@ -191,19 +231,10 @@ def segmented(
         (plain if scheme.lossless else groups.setdefault(scheme, [])).append(place)
     exactly = exactly or TwoPhase()
     # Only where they are summed in the same order, whatever else is in the bucket.
-    by_hosts = isinstance(exactly, Hierarchical)
-    host = next(
-        (
-            s
-            for s in groups
-            if isinstance(s.algorithm, Hierarchical) == by_hosts
-            and not isinstance(s.algorithm, Native)
-        ),
-        None,
-    )
+    host = next((s for s in groups if _carries_raw(s, exactly, dtype)), None)
     if host is not None and plain:
         light = sum(sizes[s] for s in plain) <= RIDE_SHARE * sum(sizes[s] for s in groups[host])
-        if light:
+        if light or isinstance(host.algorithm, PowerSGD):
             groups[host] = sorted(groups[host] + plain)
             plain = []
     if plain:
@@ -211,7 +242,7 @@ def segmented(
     starts = [sum(sizes[:place]) for place in range(len(sizes))]
     messages = []
     for scheme, places in groups.items():
-        back_to_back = len(groups) == 1
+        back_to_back, low = len(groups) == 1, isinstance(scheme.algorithm, PowerSGD)
         flags = tuple(schemes[s].lossless for s in places)
         layout = Layout(
             tuple(sizes[s] for s in places),
@@ -220,17 +251,32 @@ def segmented(
             stacked=rows > 0,
             offsets=() if back_to_back else tuple(starts[s] for s in places),
             pitch=0 if back_to_back else sum(sizes),
-            exact=flags if any(flags) and scheme.codec.id != "fp32" else (),
+            exact=flags if any(flags) and (low or scheme.codec.id != "fp32") else (),
         )
         key = tuple(keys[s] for s in places)
-        messages.append(Message(scheme, layout, key, tuple(places)))
+        matrices: Shapes = ()
+        if low and shapes is not None:
+            matrices = tuple(
+                () if flag else matrix_of(shapes[s]) for s, flag in zip(places, flags, strict=True)
+            )
+        messages.append(Message(scheme, layout, key, tuple(places), matrices))
     return Plan(op, label, messages, text)
+
+
+def _carries_raw(scheme: Scheme, exactly: AlgorithmConfig, dtype: torch.dtype) -> bool:
+    """Whether its messages sum raw segments as `exactly` would."""
+    config = scheme.algorithm
+    if isinstance(exactly, Hierarchical):
+        return isinstance(config, Hierarchical)
+    if isinstance(config, PowerSGD):  # beside its fp32 factors they would be as wide
+        return dtype is torch.float32
+    return not isinstance(config, Hierarchical | Native)
 
 
 def _states(scheme: Scheme, key: Key) -> frozenset[str]:
     """Names of what a message changes: residuals, and the places of random streams."""
     inner = scheme.algorithm.inner if isinstance(scheme.algorithm, Hierarchical) else None
     stochastic = any(c.format.stochastic for c in (scheme.codec, inner) if c is not None)
-    if scheme.feedback == Plain() and not stochastic:
+    if not scheme.remembers and not stochastic:
         return frozenset()
     return frozenset(names_of(key) or ("",))

@@ -39,6 +39,7 @@ from .scheme import (
     AlgorithmConfig,
     Hierarchical,
     Native,
+    PowerSGD,
     Ring,
     Role,
     Scheme,
@@ -53,6 +54,7 @@ __all__ = [
     "Hierarchical",
     "Native",
     "Policy",
+    "PowerSGD",
     "Ring",
     "Role",
     "Rule",
@@ -96,6 +98,7 @@ class TensorInfo(NamedTuple):
     role: Role = Role.GRADIENT
     ndim: int | None = None  # None: not known, as for a flat bucket
     step: int = 0
+    shape: tuple[int, ...] | None = None  # None: not known, or not that of a whole tensor
 
 
 @dataclass(frozen=True)
@@ -249,7 +252,7 @@ class Policy:
 
         Raw (`fp32`) where no rule matches, where codecs do not take the dtype, and where the
         payload would not be smaller than the tensor. A tensor without a key and an activation get
-        the scheme without its feedback: no key, no memory.
+        the scheme without its memory: no key, no memory.
         """
         info = info._replace(step=self.era(info.step))
         if info not in self._chosen:
@@ -264,7 +267,10 @@ class Policy:
         residual = isinstance(scheme.feedback, ErrorFeedback)
         if info.key is None or (residual and info.role in PIPELINE_ROLES):
             scheme = scheme.stateless()
-        if scheme.codec.id != "fp32":
+        if isinstance(scheme.algorithm, PowerSGD):
+            if scheme.algorithm.unsuited(info.shape, scheme.codec, info.dtype):
+                return raw()
+        elif scheme.codec.id != "fp32":
             payload = scheme.codec.nbytes(Layout(sizes=(info.numel,), dtype=info.dtype))
             if payload >= info.numel * info.dtype.itemsize:
                 return raw()
@@ -273,6 +279,11 @@ class Policy:
     def era(self, step: int) -> int:
         """The last step, not after `step`, at which the rules changed: plans hold within an era."""
         return max((r.from_step for r in self.rules if r.from_step <= step), default=0)
+
+    @property
+    def shaped(self) -> bool:
+        """Whether a scheme depends on the shapes of tensors: PowerSGD."""
+        return any(isinstance(rule.scheme.algorithm, PowerSGD) for rule in self.rules)
 
     @property
     def lossless(self) -> bool:

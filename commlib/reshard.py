@@ -19,8 +19,9 @@ Sums run in fp32 in rank order: the error of an element is at most W 2^-24 sum_r
 kept as bf16 or int8 are rounded once more, by at most 2^-9 of themselves or a 250th of the largest
 of their block; how much that was is told.
 
-Steps, and with them random streams, are the same on all ranks; the furthest counts. Named memories
-belong to their rank: they are dropped, and that is told.
+Steps, and with them random streams, are the same on all ranks; the furthest counts. So are the
+factors that PowerSGD starts from, which stay; what it leaves is owed like other residuals, with
+c = 0. Other named memories belong to their rank: they are dropped, and that is told.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import torch
 from commlib_kernels.layout import Layout
 
 from .feedback import OWNER
-from .scheme import Scheme
+from .scheme import Hierarchical, PowerSGD, Scheme
 
 log = logging.getLogger("commlib")
 
@@ -99,6 +100,7 @@ class Total:
         self._added = 0
         self._shapes = shapes
         self._sums: dict[str, dict[str, _Sum]] = {}  # by compressor, by name
+        self._shared: dict[str, dict[str, torch.Tensor]] = {}  # memories alike on all ranks
         self._steps: dict[str, dict[str, int]] = {}
         self._eras: dict[str, int] = {}
         self._dropped: dict[str, int] = {}  # what, and its bytes
@@ -160,7 +162,7 @@ class Total:
                 "scales": scales,
                 "shares": shares,
                 "steps": dict(self._steps[text]),
-                "memories": {},
+                "memories": {n: memory.clone() for n, memory in self._shared[text].items()},
             }
         return {
             "rank": rank,
@@ -188,8 +190,16 @@ class Total:
         block = Scheme.parse(text).codec.format.block
         sums = self._sums.setdefault(text, {})
         _furthest(self._steps.setdefault(text, {}), saved["steps"])
+        shared = self._shared.setdefault(text, {})
+        low_rank = isinstance(Scheme.parse(text).algorithm, PowerSGD)
         for name, memory in saved["memories"].items():
-            self._drop(f"memory {name!r}", memory)
+            if not low_rank:
+                self._drop(f"memory {name!r}", memory)
+            elif not torch.equal(shared.setdefault(name, memory), memory):
+                raise ValueError(
+                    f"memory {name!r} of {text} on rank {rank} is another than on the ranks before "
+                    "it: these states are not of one moment"
+                )
         for name, h in saved["residuals"].items():
             share = saved["shares"][name]
             if not self._known(text, name, share, h):
@@ -220,7 +230,8 @@ class Total:
         ranks, _, factor = share
         divided = self._only_means and factor == 1.0 and not name.endswith(OWNER)
         placed = h.dim() == 1 or self._shapes is None or name in self._shapes
-        of_hosts = "@" in text  # a hierarchical scheme's: each host's part of it is on another rank
+        # each host's part of it is on another rank
+        of_hosts = isinstance(Scheme.parse(text).algorithm, Hierarchical)
         return bool(ranks == self.size and placed and not divided and not of_hosts)
 
     def _part(self, name: str, one: _Sum, rank: int, world_size: int) -> torch.Tensor | None:

@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 
+from commlib_kernels.layout import Layout
 from commlib_kernels.tag import Tag
 
 from .collectives.base import message
+from .collectives.low_rank import approximated
 from .feedback import names_of
 from .plans import Message
+from .scheme import PowerSGD
 from .telemetry import Meter
 
 Read = Callable[[torch.Tensor, Callable[[list[Any]], None]], None]
@@ -27,12 +30,9 @@ def sample_errors(
 
     read(numbers, then): calls `then` with the numbers, once they are known.
     """
-    codec, scheme = plan_message.scheme.codec, str(plan_message.scheme)
-    layout = message(plan_message.layout, codec, 1)
-    wire = torch.empty(codec.nbytes(layout), dtype=torch.uint8, device=x.device)
-    coded = torch.empty_like(x)
-    codec.encode(x, wire, layout, Tag(step=step))
-    codec.decode(wire, coded, layout, Tag(step=step))
+    scheme = str(plan_message.scheme)
+    layout = message(plan_message.layout, plan_message.scheme.codec, 1)
+    coded = _coded(plan_message, layout, x, step)
     names: tuple[str | None, ...] = names_of(plan_message.key) or (None,) * len(layout.sizes)
     sampled, norms = [], []
     for segment, (name, start, size) in enumerate(
@@ -50,3 +50,20 @@ def sample_errors(
 
     if norms:
         read(torch.stack(norms).view(-1, 2), record)
+
+
+def _coded(plan_message: Message, layout: Layout, x: torch.Tensor, step: int) -> torch.Tensor:
+    """`x` after coding, where `layout` has it compressed."""
+    codec, config = plan_message.scheme.codec, plan_message.scheme.algorithm
+    coded = torch.empty_like(x)
+    if not isinstance(config, PowerSGD):
+        wire = torch.empty(codec.nbytes(layout), dtype=torch.uint8, device=x.device)
+        codec.encode(x, wire, layout, Tag(step=step))
+        codec.decode(wire, coded, layout, Tag(step=step))
+        return coded
+    places = zip(plan_message.shapes, layout.starts, layout.sizes, strict=True)
+    for shape, start, size in places:
+        if shape:
+            matrix = x[start : start + size].view(shape).float()
+            coded[start : start + size].view(shape).copy_(approximated(matrix, config.rank))
+    return coded

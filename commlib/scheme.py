@@ -3,7 +3,7 @@
     CODEC{|CODEC}[+FEEDBACK][@ALGORITHM]        each part with :name=value options
 
     int8    int4:block=64+ef    int3+ef:beta=0.9    bf16@ring    int2+ef@two_phase:back=int4
-    int4+ef@hierarchical    int4+ef@hierarchical:inner=bf16
+    int4+ef@hierarchical    int4+ef@hierarchical:inner=bf16    fp32+ef@power_sgd:rank=2
 
 A value in parentheses is taken as it stands, so that a codec with options can be an option itself:
 `back=(int4:block=64)`.
@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -24,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 
 from .codecs import Codec, Round, codec
-from .feedback import Feedback, Plain, feedback
+from .feedback import ErrorFeedback, Feedback, Plain, feedback
 
 # What codecs take. Everything else travels raw.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -116,9 +117,58 @@ class Ring:
         return _format(self)
 
 
-AlgorithmConfig = Native | TwoPhase | Hierarchical | Ring
+MAX_RANK = 256
+
+
+@dataclass(frozen=True)
+class PowerSGD:
+    """Low rank: a matrix travels as two thin factors (Vogels et al. 2019, arXiv 1905.13727).
+
+    An all-reduce of whole matrices, of more dimensions as first x rest. The codec is that of the
+    factors. Tensors that it does not suit travel raw.
+
+    rank: of what is sent: n x m becomes n x rank and m x rank.
+    min_rate: raw where (n + m) rank min_rate > n m; PyTorch's min_compression_rate.
+    """
+
+    id: ClassVar[str] = "power_sgd"
+    rank: int = 1
+    min_rate: int = 2
+
+    def __post_init__(self) -> None:
+        for name, most in (("rank", MAX_RANK), ("min_rate", None)):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            if not whole or (most is not None and value > most):
+                allowed = f"1 to {most}" if most else "1 and more"
+                raise ValueError(f"{self.id}: {name} is {value!r}, allowed: {allowed}")
+
+    def unsuited(self, shape: Sequence[int] | None, codec: Codec, dtype: torch.dtype) -> str:
+        """Why a tensor of `shape` (None: not known) travels raw; empty where it does not."""
+        if shape is None:
+            return "low rank is for all_reduce of whole matrices, and no shape is known here"
+        n, m = matrix_of(shape)
+        values = (n + m) * self.rank
+        wide = 4 if codec.sum_dtype is torch.float32 else 2
+        if values * self.min_rate > n * m or values * wide >= n * m * dtype.itemsize:
+            return (
+                f"rank {self.rank} of a {n} x {m} matrix is {values} values, not {self.min_rate} "
+                f"times fewer than {n * m}"
+            )
+        return ""
+
+    def __str__(self) -> str:
+        return _format(self)
+
+
+def matrix_of(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a tensor as a matrix: the first dimension x the rest."""
+    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+
+
+AlgorithmConfig = Native | TwoPhase | Hierarchical | Ring | PowerSGD
 CONFIGS: Mapping[str, type[AlgorithmConfig]] = {
-    c.id: c for c in (Native, TwoPhase, Hierarchical, Ring)
+    c.id: c for c in (Native, TwoPhase, Hierarchical, Ring, PowerSGD)
 }
 
 
@@ -128,7 +178,7 @@ class Scheme:
 
     algorithm: None takes the codec's default. Raises ValueError where the parts do not go together:
     feedback that diverges with the codec (with the numbers), a codec that the network cannot add
-    under `native`.
+    under `native`, or whose values are no numbers to multiply with under `power_sgd`.
     """
 
     codec: Codec
@@ -146,6 +196,8 @@ class Scheme:
                 f"{self.codec}@native: the network cannot add {self.codec.id} payloads; "
                 "native takes fp32, fp16 and bf16, the others take two_phase or ring"
             )
+        if isinstance(self.algorithm, PowerSGD):
+            _check_power_sgd(self.codec, self.feedback)
 
     @classmethod
     def parse(cls, text: str) -> Scheme:
@@ -181,6 +233,11 @@ class Scheme:
         """Whether this is bitwise the library's own collective: fp32@native."""
         return self.codec.id == "fp32" and isinstance(self.algorithm, Native)
 
+    @property
+    def remembers(self) -> bool:
+        """Whether it keeps state under keys: residuals, or the factor that PowerSGD starts from."""
+        return self.feedback != Plain() or isinstance(self.algorithm, PowerSGD)
+
     def resolve(self, role: Role = Role.GRADIENT) -> Scheme:
         """The same scheme with every rounding that the user left open chosen for `role`."""
         rounding = default_round(self.feedback, role)
@@ -196,13 +253,18 @@ class Scheme:
         return chosen
 
     def flat(self) -> Scheme:
-        """The same scheme for collectives that know no hosts: two_phase for hierarchical."""
-        if not isinstance(self.algorithm, Hierarchical):
+        """The same scheme for collectives that know no hosts and no matrices: the codec alone."""
+        if not isinstance(self.algorithm, Hierarchical | PowerSGD):
             return self
         return replace(self, algorithm=_default_algorithm(self.codec))
 
     def stateless(self) -> Scheme:
-        """The same scheme without feedback: for tensors without a key, and for activations."""
+        """The same scheme without memory: for tensors without a key, and for activations.
+
+        Of PowerSGD, which is nothing without it, the codec alone.
+        """
+        if isinstance(self.algorithm, PowerSGD):
+            return Scheme(self.codec)
         return self if self.feedback == Plain() else replace(self, feedback=Plain())
 
 
@@ -238,6 +300,19 @@ def unknown(what: str, got: str, allowed: Iterable[str]) -> str:
 def _check_slices(config: TwoPhase | Hierarchical) -> None:
     if config.slices is not None and not 1 <= config.slices <= MAX_SLICES:
         raise ValueError(f"{config.id}: slices is {config.slices}, allowed: 1 to {MAX_SLICES}")
+
+
+def _check_power_sgd(codec: Codec, feedback: Feedback) -> None:
+    if codec.sum_dtype is None:
+        raise ValueError(
+            f"{codec}@power_sgd: the codec is that of the factors, which are made orthogonal and "
+            "multiplied; power_sgd takes fp32, fp16 and bf16"
+        )
+    if feedback not in (Plain(), ErrorFeedback()):
+        raise ValueError(
+            f"{codec}+{feedback}@power_sgd: the residual is all that the factors leave of a "
+            f"matrix, in fp32; power_sgd takes {codec}+ef without options, or {codec} alone"
+        )
 
 
 def _default_algorithm(codec: Codec) -> AlgorithmConfig:

@@ -30,6 +30,23 @@ def test_biased_codecs_need_feedback_and_it_is_enough() -> None:
     assert all(row.passed is not False for row in rows), told(rows)
 
 
+def test_low_rank_learns_as_much_with_feedback_and_little_without() -> None:
+    rows = list(
+        digits(
+            range(3),
+            120,
+            (
+                Expected("fp32", None),
+                Expected("fp32+ef@power_sgd", None, "<= 1.15"),
+                Expected("fp32+ef@power_sgd:rank=2", None, "<= 1.1"),
+                Expected("fp32+ef@power_sgd:rank=4", None, "<= 1.1"),
+                Expected("fp32@power_sgd", None, ">= 1.8"),
+            ),
+        )
+    )
+    assert all(row.passed is not False for row in rows), told(rows)
+
+
 def test_the_stability_check_foretells_what_diverges() -> None:
     rows = list(ecq((0,), 400, dims=(256,), backs=("fp32",)))
     judged = [row for row in rows if row.passed is not None]

@@ -13,6 +13,7 @@ from commlib.scheme import (
     CONFIGS,
     Hierarchical,
     Native,
+    PowerSGD,
     Ring,
     Role,
     Scheme,
@@ -47,6 +48,12 @@ from commlib.scheme import (
         (
             "sign@hierarchical:inner=(int8:block=64)",
             Scheme(codec("sign"), Plain(), Hierarchical(codec("int8:block=64"))),
+        ),
+        ("fp32+ef@power_sgd", Scheme(codec("fp32"), ErrorFeedback(), PowerSGD())),
+        ("fp16@power_sgd:rank=4", Scheme(codec("fp16"), Plain(), PowerSGD(4))),
+        (
+            "bf16+ef@power_sgd:rank=2:min_rate=10",
+            Scheme(codec("bf16"), ErrorFeedback(), PowerSGD(2, min_rate=10)),
         ),
     ],
 )
@@ -94,6 +101,15 @@ def test_the_text_is_canonical(text: str, canonical: str) -> None:
         ("int8@two_phase:slices=2:slices=3", ["'slices' is given twice"]),
         ("int8@two_phase:back=int99", ["two_phase: back", "int99"]),
         ("int8@native", ["the network cannot add int8", "two_phase or ring"]),
+        ("int8+ef@power_sgd", ["int8@power_sgd", "fp32, fp16 and bf16"]),
+        ("fp32+ef:beta=0.9@power_sgd", ["+ef:beta=0.9@power_sgd", "fp32+ef without options"]),
+        ("fp32+ef:dtype=bf16@power_sgd", ["residual", "fp32+ef without options, or fp32 alone"]),
+        ("fp32+delta@power_sgd", ["+delta@power_sgd", "fp32+ef without options"]),
+        ("fp32+ef@power_sgd:rank=0", ["power_sgd: rank is 0", "allowed: 1 to 256"]),
+        ("fp32+ef@power_sgd:rank=257", ["power_sgd: rank is 257", "allowed: 1 to 256"]),
+        ("fp32+ef@power_sgd:min_rate=0", ["min_rate is 0", "allowed: 1 and more"]),
+        ("fp32+ef@power_sgd:rang=2", ["unknown option 'rang'", "did you mean 'rank'?"]),
+        ("fp32+ef@powersgd", ["algorithm 'powersgd'", "did you mean 'power_sgd'?"]),
     ],
 )
 def test_a_bad_text_is_refused_with_the_part(text: str, words: list[str]) -> None:
@@ -232,6 +248,8 @@ def test_lossless_is_the_library_s_own_collective_only() -> None:
 def test_stateless_drops_the_memory_alone() -> None:
     scheme = Scheme.parse("int4+ef@ring")
     assert scheme.stateless() == Scheme.parse("int4@ring")
+    assert Scheme.parse("fp16+ef@power_sgd").stateless() == Scheme.parse("fp16")
+    assert Scheme.parse("fp32@power_sgd").stateless().lossless
     assert Scheme.parse("int4").stateless() == Scheme.parse("int4")
 
 

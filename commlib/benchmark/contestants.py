@@ -158,14 +158,15 @@ class Measured:
 
     def contestant(self, scheme: str, buffers: Buffers) -> Contestant:
         comm, key = self.communicator, f"bench{buffers.numel}"
-        x, out = buffers.input.view(1, -1), buffers.output.view(1, -1)
+        x, out = buffers.input.view(rows_of(buffers.numel), -1), buffers.output.view(1, -1)
         role = Role.PARAMETER if buffers.op == "all_gather" else Role.GRADIENT
         call: Callable[[], object] = {
             "all_reduce": lambda: comm.all_reduce(x, key).wait(),
             "reduce_scatter": lambda: comm.reduce_scatter(out, x, key).wait(),
             "all_gather": lambda: comm.all_gather(out, x, key, role=role).wait(),
         }[buffers.op]
-        info = TensorInfo(key, buffers.numel, torch.float32, role, ndim=2)
+        shape = tuple(x.shape) if buffers.op == "all_reduce" else None
+        info = TensorInfo(key, buffers.numel, torch.float32, role, ndim=2, shape=shape)
         chosen = str(comm.policy.choose(info))
         return Contestant(
             scheme,
@@ -174,6 +175,14 @@ class Measured:
             lambda: self.last,
             chosen=chosen if scheme == "auto" or chosen == "fp32" != scheme else None,
         )
+
+
+def rows_of(numel: int) -> int:
+    """Rows of the matrix that `numel` elements go as: as square as powers of two divide them."""
+    rows = 1
+    while numel % (2 * rows) == 0 and 4 * rows * rows <= numel:
+        rows *= 2
+    return rows
 
 
 def library_of(buffers: Buffers) -> str:

@@ -66,11 +66,12 @@ class Algorithm(NamedTuple):
     options that the algorithm's config stands for.
     wire_bytes(layout, scheme, topology): bytes a rank sends.
     seconds(layout, scheme, topology): time on the links; coding comes on top.
+    Both take the shapes of the segments too where the algorithm goes by matrices.
     """
 
     run: Callable[..., Steps]
-    wire_bytes: Callable[[Layout, Scheme, Topology], int]
-    seconds: Callable[[Layout, Scheme, Topology], float]
+    wire_bytes: Callable[..., int]
+    seconds: Callable[..., float]
 
 
 def drive(steps: Steps, wait: Callable[[Pending], None] = lambda pending: pending.wait()) -> None:

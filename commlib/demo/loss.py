@@ -158,6 +158,7 @@ def run(
     names, parameters = zip(*model.named_parameters(), strict=True)
     sizes = tuple(parameter.numel() for parameter in parameters)
     ndims = tuple(parameter.ndim for parameter in parameters)
+    shapes = tuple(tuple(parameter.shape) for parameter in parameters)
     gradients = [torch.empty(sum(sizes)) for _ in range(experiment.ranks)]
     for parameter, piece in zip(parameters, gradients[0].split(sizes), strict=True):
         parameter.grad = piece.view_as(parameter)
@@ -175,7 +176,9 @@ def run(
             pieces = torch.autograd.grad(loss, parameters)
             torch.cat([piece.reshape(-1) for piece in pieces], out=mine)
             factor = 1.0 / experiment.ranks
-            communicator.all_reduce_segments(mine, names, sizes, ndims, factor=factor).wait()
+            communicator.all_reduce_segments(
+                mine, names, sizes, ndims, shapes=shapes, factor=factor
+            ).wait()
             measured = step + 1 in steps
             if measured:
                 transport.barrier()  # the others have decoded too

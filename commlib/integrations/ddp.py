@@ -175,7 +175,10 @@ class DDPState(State):
     def _tensors(self) -> dict[str, dict[str, TensorInfo]]:
         if not self._bound:  # names are made up as buckets bring parameters
             return {}
-        infos = {n: TensorInfo(n, p.numel(), p.dtype, ndim=p.dim()) for p, n in self._names.items()}
+        infos = {
+            n: TensorInfo(n, p.numel(), p.dtype, ndim=p.dim(), shape=tuple(p.shape))
+            for p, n in self._names.items()
+        }
         return {GRADIENTS: infos}
 
     def replan(
@@ -235,6 +238,7 @@ class DDPState(State):
             keys=names,
             sizes=tuple(p.numel() for p in parameters),
             ndims=tuple(p.dim() for p in parameters),
+            shapes=tuple(tuple(p.shape) for p in parameters),
             factor=1.0 / communicator.size,
             async_op=True,
             hold=_unused(bucket.gradients()) if self._find_unused else (),

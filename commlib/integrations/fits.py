@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from commlib.communicator import Communicator
-from commlib.compressors import text_of
+from commlib.compressors import apart, text_of
 from commlib.feedback import OWNER
 from commlib.policy import Policy, TensorInfo
-from commlib.scheme import Hierarchical, Role, Scheme, TwoPhase, unknown
+from commlib.scheme import Role, Scheme, TwoPhase, unknown
 
 
 def check_fits(
@@ -69,6 +69,5 @@ def _texts(policy: Policy, info: TensorInfo | None) -> set[str]:
 def _halves(scheme: Scheme) -> set[str]:
     config = scheme.algorithm
     back = config.back if isinstance(config, TwoPhase) else None
-    of_hosts = isinstance(config, Hierarchical)
     codecs = (scheme.codec, back or scheme.codec)
-    return {text_of(codec, scheme.feedback, of_hosts) for codec in codecs}
+    return {text_of(codec, scheme.feedback, apart(scheme)) for codec in codecs}

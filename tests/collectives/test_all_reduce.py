@@ -1,7 +1,8 @@
 """The contract of every all-reduce: table of algorithm x codec x world size.
 
 Bounds are analytic: a code errs by at most half the step of its block (a whole one with stochastic
-rounding), and `STEP` has that as a fraction of the block's largest value.
+rounding), and `STEP` has that as a fraction of the block's largest value. What low rank leaves out
+has no such bound: test_power_sgd.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def reduce(
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("text", CODECS)
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "power_sgd"])
 def test_ranks_end_equal_and_near_the_sum(name: str, text: str, size: int) -> None:
     if name == "native" and codec(text).sum_dtype is None:
         with pytest.raises(ValueError, match="native"):
