@@ -9,6 +9,8 @@ A *group* is eight elements of a block that lie an eighth of the block apart; gr
 starts counting at element 8 g. Word w gives the low half to lane w and the high half to lane w + 4.
 """
 
+from functools import cache
+
 import numpy as np
 import numpy.typing as npt
 
@@ -71,25 +73,22 @@ def lanes(tag: Tag, segment: int, base: int, rows: int, width: int) -> npt.NDArr
 SIGNS_RANK, SIGNS_KEY = 0xFFFFFFFF, 0x726F7461
 """Counter word and key of the signs of rotations: streams that no message draws from."""
 
+SIGNS = 4096
+"""Elements after which signs repeat: those of the largest block."""
 
-def signs(seed: int, start: int, count: int) -> npt.NDArray[np.bool_]:
-    """Which of `count` elements of a segment, from `start` on, a rotation negates.
 
-    Four calls, 4 g to 4 g + 3, give the 16 words of a group of 512 elements: bit b of word w is
-    that of element ``512 g + 16 b + w``.
+@cache
+def signs(seed: int) -> npt.NDArray[np.uint32]:
+    """0x80000000 for every element that a rotation negates, else 0; read-only.
+
+    Element i is bit ``i mod 32`` of word ``i / 32``, and word w that of call ``w / 4``.
     """
-    first, last = start // 512, -(-(start + count) // 512)
-    groups = np.arange(4 * first, 4 * last, dtype=np.uint64)
+    calls = np.arange(SIGNS // 128, dtype=np.uint64)
+    rank = np.full_like(calls, SIGNS_RANK)
     words = philox(
-        (
-            groups & _MASK,
-            groups >> _HIGH,
-            np.zeros_like(groups),
-            np.full_like(groups, SIGNS_RANK),
-        ),
-        (seed_word(seed), SIGNS_KEY),
+        (calls, np.zeros_like(calls), np.zeros_like(calls), rank), (seed_word(seed), SIGNS_KEY)
     )
-    rows = np.stack(words, axis=1).reshape(-1, 1, 16)
-    bits = rows >> np.arange(32, dtype=np.uint64)[:, None] & np.uint64(1)
-    flat: npt.NDArray[np.bool_] = bits.reshape(-1).astype(np.bool_)
-    return flat[start % 512 :][:count]
+    bits = np.stack(words, axis=1)[:, :, None] >> np.arange(32, dtype=np.uint64)
+    found = (bits.reshape(-1) << np.uint64(31)).astype(np.uint32) & np.uint32(0x80000000)
+    found.flags.writeable = False
+    return found

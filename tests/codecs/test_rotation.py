@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from commlib.codecs import Eden, Int, Rotated, codec
 from commlib.scheme import Scheme
-from commlib_kernels.philox import signs
+from commlib_kernels.philox import SIGNS, signs
 from commlib_kernels.reference import rotation
-from tests.codecs.measures import lognormal, mean_of_encodings, nmse, student
+from tests.codecs.measures import lognormal, nmse, student
 from tests.contract import round_trip
 
 
@@ -29,7 +29,7 @@ def dense(n: int) -> np.ndarray:
 @pytest.mark.parametrize("n", [8, 128, 1024])
 def test_it_is_the_matrix(n: int) -> None:
     x = np.random.default_rng(n).standard_normal((2, n)).astype(np.float32)
-    d = np.where(signs(3, 512, 2 * n), -1.0, 1.0).reshape(2, n)
+    d = np.where(signs(3)[(512 + np.arange(2 * n)) % SIGNS], -1.0, 1.0).reshape(2, n)
     k = int(math.log2(n))
     want = (d * x) @ dense(n) / 2.0 ** (k // 2)
     np.testing.assert_allclose(rotation.forward(x, 3, 512), want, rtol=0, atol=1e-5 * n**0.5)
@@ -44,12 +44,11 @@ def test_back_is_the_inverse(eighths: int, seed: int, block: int) -> None:
     assert np.abs(y - x).max() <= 24 * np.finfo(np.float32).eps * np.linalg.norm(x)
 
 
-def test_signs_are_fair_and_depend_on_seed_and_place() -> None:
-    mine = signs(0, 0, 1 << 16)
-    assert abs(mine.mean() - 0.5) < 5 / 2 / 2**8  # five standard deviations
-    assert np.array_equal(signs(0, 4096, 1000), mine[4096:5096])
-    assert not np.array_equal(signs(1, 0, 1 << 16), mine)
-    assert abs((signs(1, 0, 1 << 16) ^ mine).mean() - 0.5) < 5 / 2 / 2**8
+def test_signs_are_fair_and_of_their_seed() -> None:
+    mine, other = signs(0) != 0, signs(1) != 0
+    for found in (mine, other, mine ^ other):
+        assert abs(found.mean() - 0.5) < 5 / 2 / math.sqrt(SIGNS)  # five standard deviations
+    assert set(np.unique(signs(0))) == {0, 0x80000000}
 
 
 @pytest.mark.parametrize(("text", "gap"), [("eden4", 0.70), ("eden2", 0.50), ("eden1", 0.32)])
@@ -73,13 +72,16 @@ def test_bits_above_shannons_bound(text: str, gap: float) -> None:
 
 
 def test_unbiased_over_rotations() -> None:
-    """EDEN's scale: the mean over rotations is v. Every place has signs of its own."""
-    x = lognormal(0, 2048)
-    mean, one = mean_of_encodings(codec("rotate|eden2:scale=unbiased"), x, 400)
-    error = float((mean - x.double()).square().sum() / x.double().square().sum())
-    assert error < 1.5 * one / 400
-    mean, one = mean_of_encodings(codec("rotate|eden2"), x, 400)
-    shrunk = float(mean @ x.double()) / float(x.double() @ x.double())
+    """EDEN's scale: the mean over n rotations is v, with an error of NMSE / n."""
+    x, n = lognormal(0, 2048), 400
+
+    def mean_of(scale: str) -> torch.Tensor:
+        texts = (f"rotate:seed={seed}|eden2:scale={scale}" for seed in range(n))
+        return torch.stack([round_trip(text, x).double() for text in texts]).mean(0)
+
+    error = float((mean_of("unbiased") - x.double()).square().sum() / x.double().square().sum())
+    assert error < 1.5 * 0.1331 / n
+    shrunk = float(mean_of("fit") @ x.double()) / float(x.double() @ x.double())
     assert shrunk == pytest.approx(1 - 0.1175, abs=0.01)
 
 

@@ -17,7 +17,7 @@ from commlib_kernels.memory import Memory
 from commlib_kernels.numba_cpu import gauss, kernels, strips, tables
 from commlib_kernels.numba_cpu.jit import cache_dir
 from commlib_kernels.numba_cpu.ops import ops, scratch
-from commlib_kernels.philox import seed_word
+from commlib_kernels.philox import seed_word, signs
 from commlib_kernels.tag import Tag
 
 __all__ = ["cache_dir", "dequantize", "name", "quantize", "reduce", "warmup"]
@@ -120,7 +120,7 @@ class _Call:
         ]  # fmt: skip
         self.a[kernels.SCRATCH :] = scratch()
         if fmt.rotate is not None:
-            self.a[kernels.ROTATED], self.a[kernels.ROTATION] = True, seed_word(fmt.rotate)
+            self.a[kernels.ROTATED], self.a[kernels.SIGNS] = True, signs(fmt.rotate).ctypes.data
         if fmt.table:
             numbers = (gauss if fmt.kind == "gauss" else tables).numbers(fmt.table)
             self.a[kernels.TABLE] = numbers.ctypes.data

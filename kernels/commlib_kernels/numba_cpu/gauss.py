@@ -77,24 +77,17 @@ def value(code, scale, c):
     k = i32(code) - c[8]
     sign = u32(k) & u32(0x80000000)
     k = k ^ (k >> i32(31))
-    m = c[1] if k > 0 else c[0]
-    m = c[2] if k > 1 else m
-    m = c[3] if k > 2 else m
-    m = c[4] if k > 3 else m
-    m = c[5] if k > 4 else m
-    m = c[6] if k > 5 else m
-    m = c[7] if k > 6 else m
+    odd, second, third = (k & i32(1)) != 0, (k & i32(2)) != 0, (k & i32(4)) != 0
+    low = (c[3] if second else c[1]) if odd else (c[2] if second else c[0])
+    high = (c[7] if second else c[5]) if odd else (c[6] if second else c[4])
+    m = high if third else low
     return floats(bits(m) ^ sign) * scale
 
 
-@loop
-def codes_of(v, o, width, inv, table, q):
-    """Codes of ``z = v inv``: below the middle those of negative numbers and of zero."""
-    t, half = thresholds_of(table), i32(table[HALF])
-    for i in range(width):
-        z = v[o + i] * inv
-        k = half + number(abs(z), t)
-        q[o + i] = u8(k if z > f32(0) else i32(2) * half - i32(1) - k)
+@inlined
+def code(z, k, half):
+    """The code of z with magnitude k: below the middle those of negative numbers and of zero."""
+    return u8(half + k if z > f32(0) else half - i32(1) - k)
 
 
 @loop
@@ -119,19 +112,24 @@ def squares(v, o, n, h, down, x):
 
 
 @loop
-def products(v, o, n, h, inv, table, x, y):
-    """With ``z = v inv`` and its values c: products c z to x and c c to y, halved once."""
-    c, t = magnitudes_of(table), thresholds_of(table)
+def products(v, o, n, h, inv, table, x, y, q):
+    """Codes of ``z = v inv``; with their values c, products c z to x and c c to y, halved once."""
+    c, t, half = magnitudes_of(table), thresholds_of(table), i32(table[HALF])
     for i in range(n - h):
-        a, b = abs(v[o + i] * inv), abs(v[o + h + i] * inv)
-        p, q = nearest(a, c, t), nearest(b, c, t)
-        x[i] = p * a + q * b
-        y[i] = p * p + q * q
+        z, w = v[o + i] * inv, v[o + h + i] * inv
+        a, b = abs(z), abs(w)
+        p, r = nearest(a, c, t), nearest(b, c, t)
+        x[i] = p * a + r * b
+        y[i] = p * p + r * r
+        q[o + i] = code(z, number(a, t), half)
+        q[o + h + i] = code(w, number(b, t), half)
     for i in range(n - h, h):
-        a = abs(v[o + i] * inv)
+        z = v[o + i] * inv
+        a = abs(z)
         p = nearest(a, c, t)
         x[i] = p * a
         y[i] = p * p
+        q[o + i] = code(z, number(a, t), half)
 
 
 @loop
@@ -151,13 +149,13 @@ def fit(v, nb, width, n, huge, unbiased, table, x, y, s, q):
             squares(v, o, last, h, down, x)
             rms = f32(np.sqrt(halves(x, h) / f32(last)))
             inv = f32(1) / rms * down
-            products(v, o, last, h, inv, table, x, y)
+            products(v, o, last, h, inv, table, x, y, q)
+            for i in range(o + last, o + width):
+                q[i] = code(f32(0), i32(0), i32(table[HALF]))  # padding
             along, across = halves(x, h), halves(y, h)
             ratio = f32(last) / along if unbiased else along / across
             scale = bf16_nearest(rms * ratio * floats((m >> u32(23)) << u32(23)))
             s[b] = bf16_value(BAD_SCALE if scale >= HUGE >> u32(16) else scale)
-            if s[b] == s[b]:
-                codes_of(v, o, width, inv, table, q)
         if not is_coded(s[b]):
             for i in range(width):
                 q[o + i] = u8(0)

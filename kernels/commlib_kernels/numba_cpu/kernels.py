@@ -59,13 +59,13 @@ OFFSET, NUMEL, CODE, SCALE, BASE, SEGMENT, EXACT, MEMORY, MEMORY_BLOCK, GROUP = 
     len(Piece._fields)
 )
 
-# Integers in `a`. GROUPS and SCRATCH are the first of 5 and 10 addresses.
+# Integers in `a`. GROUPS and SCRATCH are the first of 5 and 9 addresses.
 (X, DTYPE, WIRE, WIRES, COUNT, STRIDE, DENSE, ADD, RESIDUAL, MEMORY_KIND, RESIDUAL_SCALES, BLOCK,
- BITS, RULE, SHARED, STOCHASTIC, STEP, RANK, SEED, ROTATED, ROTATION, TABLE,
+ BITS, RULE, SHARED, STOCHASTIC, STEP, RANK, SEED, ROTATED, SIGNS, TABLE,
  GROUP_COUNT, GROUPS,
 ) = range(24)  # fmt: skip
 SCRATCH = GROUPS + 5
-ARGUMENTS = SCRATCH + 10
+ARGUMENTS = SCRATCH + 9
 
 # Numbers in `f`.
 LEVELS, FACTOR, ALPHA, CARRY, OMEGA = range(5)
@@ -213,12 +213,12 @@ def emit(
     else:
         v = g
     y, real, huge = v, n, HUGE  # what is coded
-    signs, other = at(a[SCRATCH + 7], u32), at(a[SCRATCH + 8], f32)
+    signs, other = at(a[SIGNS], u32), at(a[SCRATCH + 7], f32)
     position = U(piece[BASE]) + start
     if a[ROTATED]:
-        y, real = at(a[SCRATCH + 9], f32), nb * width  # padding is rotated as well
+        y, real = at(a[SCRATCH + 8], f32), nb * width  # padding is rotated as well
         huge = HUGE_ROTATED
-        forward(v, nb, width, position, u32(a[ROTATION]), signs, y, other)
+        forward(v, nb, width, position, signs, y, other)
     if stage == 0:
         gather(v, n, rule, U(piece[GROUP]), a)
     else:
@@ -254,7 +254,7 @@ def emit(
             if remember:
                 if a[ROTATED]:
                     spread(q, nb, width, s, table, y)
-                    backward(y, nb, width, position, u32(a[ROTATION]), signs, other)
+                    backward(y, nb, width, position, signs, other)
                     renew_rotated(nb, width, n, s, v, y, h, f[CARRY], f[OMEGA])
                 else:
                     renew(
@@ -338,7 +338,7 @@ def reduce(a, f, rows, segments):
     r, q = at(a[SCRATCH + 2], u32), at(a[SCRATCH + 3], Q)
     s, lanes = at(a[SCRATCH + 4], f32), at(a[SCRATCH + 5], f64)
     sums, dense = at(a[SCRATCH + 6], f32), a[DENSE]  # not in v: loops want their arrays apart
-    signs, other, table = at(a[SCRATCH + 7], u32), at(a[SCRATCH + 8], f32), at(a[TABLE], f32)
+    signs, other, table = at(a[SIGNS], u32), at(a[SCRATCH + 7], f32), at(a[TABLE], f32)
     two_passes = a[SHARED] and not dense
     keeping = a[MEMORY_KIND] != NONE and not a[ROTATED]
     for stage in range(0 if two_passes else 1, 2):
@@ -358,7 +358,7 @@ def reduce(a, f, rows, segments):
                     accumulate(codes, nb, width, s, table, sums)
                 if a[ROTATED]:
                     position = U(piece[BASE]) + start
-                    backward(sums, nb, width, position, u32(a[ROTATION]), signs, other)
+                    backward(sums, nb, width, position, signs, other)
                 multiply(sums, n, f[FACTOR])
                 clear(sums, n, nb * width)
                 if dense:
@@ -376,7 +376,7 @@ def dequantize(a, f, rows, segments):
     x32, x16 = at(a[X], f32), at(a[X], u16)
     v, q = at(a[SCRATCH], f32), at(a[SCRATCH + 3], Q)
     s = at(a[SCRATCH + 4], f32)
-    signs, other, y = at(a[SCRATCH + 7], u32), at(a[SCRATCH + 8], f32), at(a[SCRATCH + 9], f32)
+    signs, other, y = at(a[SIGNS], u32), at(a[SCRATCH + 7], f32), at(a[SCRATCH + 8], f32)
     table = at(a[TABLE], f32)
     for row in range(rows.shape[0]):
         piece = rows[row]
@@ -390,13 +390,12 @@ def dequantize(a, f, rows, segments):
             if a[ROTATED]:
                 position = U(piece[BASE]) + start
                 spread(codes, nb, width, s, table, y)
-                seed = u32(a[ROTATION])
                 if a[DTYPE] == FP32 and n == nb * width and not a[ADD]:
                     x = at(a[X] + i64(4) * i64(o), f32)
-                    backward_to(y, nb, width, position, seed, signs, x, other)
+                    backward_to(y, nb, width, position, signs, x, other)
                     one_nan(x, n)
                 else:
-                    backward(y, nb, width, position, seed, signs, other)
+                    backward(y, nb, width, position, signs, other)
                     if a[ADD]:
                         load(x32, x16, a[DTYPE], o, n, v)
                         add(v, y, n)

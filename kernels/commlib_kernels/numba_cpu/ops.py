@@ -26,7 +26,7 @@ class _Local(threading.local):
 
     def __init__(self) -> None:
         longest = max(STRIP, MAX_BLOCK)
-        sizes = (*(4 * longest,) * 5, 8 * int(LANES), *(4 * longest,) * 4)
+        sizes = (*(4 * longest,) * 5, 8 * int(LANES), *(4 * longest,) * 3)
         self.arrays = [np.zeros(size + 64, np.uint8) for size in sizes]
         self.addresses = [-(-array.ctypes.data // 64) * 64 for array in self.arrays]
 
@@ -36,7 +36,7 @@ _local = _Local()
 
 def scratch() -> list[int]:
     """Addresses: values, residual, random words, codes, scales, norm lanes, sums; and of rotations:
-    signs, the other buffer, what is coded."""
+    the other buffer, what is coded."""
     return _local.addresses
 
 

@@ -7,38 +7,25 @@ stages go together. The order of the sums is that of butterflies from the widest
 
 import numpy as np
 
-from commlib_kernels.numba_cpu.jit import SCALARS, bits, floats, inlined, loop
+from commlib_kernels.numba_cpu.jit import bits, floats, inlined, loop
 from commlib_kernels.numba_cpu.strips import U
-from commlib_kernels.philox import SIGNS_KEY, SIGNS_RANK
+from commlib_kernels.philox import SIGNS
 from commlib_kernels.scalar import NAN
 
-u32, u64, f32 = np.uint32, np.uint64, np.float32
-KEY, RANK = u32(SIGNS_KEY), u32(SIGNS_RANK)
-TOP = u32(0x80000000)
-GROUP, LANES, BITS = U(512), U(16), U(32)
-philox = SCALARS.philox
+u32, f32 = np.uint32, np.float32
+PERIOD = U(SIGNS)
 
 
 @loop
-def sign_words(position, count, seed, words):
-    """The words of all groups that `count` elements from `position` on have a part in."""
-    first, last = position // GROUP, (position + count + GROUP - U(1)) // GROUP
-    for call in range(U(4) * (last - first)):
-        c = u64(U(4) * first + call)
-        w = philox(u32(c), u32(c >> u64(32)), u32(0), RANK, seed, KEY)
-        o = U(4) * call
-        words[o], words[o + U(1)], words[o + U(2)], words[o + U(3)] = w
-
-
-@loop
-def flip(v, factor, words, position, count, y):
-    """y = D v factor, of `count` elements, a multiple of 8, from `position` (a multiple of 16)."""
-    row = position % GROUP // LANES
-    for o in range(U(0), count, LANES):
-        w, up = row // BITS * LANES, u32(BITS - U(1) - row % BITS)
-        for j in range(min(LANES, count - o)):
-            y[o + j] = floats(bits(v[o + j] * factor) ^ ((words[w + j] << up) & TOP))
-        row += U(1)
+def flip(v, factor, signs, position, count, y):
+    """y = D v factor, of `count` elements from `position` in the segment on."""
+    done = U(0)
+    while done < count:
+        first = (position + done) % PERIOD
+        n = min(PERIOD - first, count - done)
+        for i in range(n):
+            y[done + i] = floats(bits(v[done + i] * factor) ^ signs[first + i])
+        done += n
 
 
 @loop
@@ -113,21 +100,20 @@ def ends_apart(k):
 
 
 @loop
-def forward(v, nb, width, position, seed, words, y, other):
+def forward(v, nb, width, position, signs, y, other):
     """y = H D v / 2^f."""
-    sign_words(position, nb * width, seed, words)
     if width & (width - U(1)) == U(0):
         k = exponent(width)
         if ends_apart(k):
-            flip(v, power(k // 2), words, position, nb * width, other)
+            flip(v, power(k // 2), signs, position, nb * width, other)
             for b in range(nb):
                 butterflies(other, b * width, width, y)
         else:
-            flip(v, power(k // 2), words, position, nb * width, y)
+            flip(v, power(k // 2), signs, position, nb * width, y)
             for b in range(nb):
                 butterflies(y, b * width, width, other)
         return
-    flip(v, f32(1), words, position, width, y)  # the short last block, alone
+    flip(v, f32(1), signs, position, width, y)  # the short last block, alone
     o, left = U(0), width
     while left:
         k = exponent(left)
@@ -141,17 +127,16 @@ def forward(v, nb, width, position, seed, words, y, other):
 
 
 @loop
-def backward_to(y, nb, width, position, seed, words, v, other):
+def backward_to(y, nb, width, position, signs, v, other):
     """v = D H y / 2^(k - f); y is overwritten, and v another buffer."""
-    sign_words(position, nb * width, seed, words)
     if width & (width - U(1)) == U(0):
         k = exponent(width)
         for b in range(nb):
             butterflies(y, b * width, width, other)
         if ends_apart(k):
-            flip(other, power(k - k // 2), words, position, nb * width, v)
+            flip(other, power(k - k // 2), signs, position, nb * width, v)
         else:
-            flip(y, power(k - k // 2), words, position, nb * width, v)
+            flip(y, power(k - k // 2), signs, position, nb * width, v)
         return
     o, left = U(0), width
     while left:
@@ -163,17 +148,17 @@ def backward_to(y, nb, width, position, seed, words, v, other):
         for i in range(o, o + n):
             y[i] *= factor
         o, left = o + n, left - n
-    flip(y, f32(1), words, position, width, v)
+    flip(y, f32(1), signs, position, width, v)
 
 
 @loop
-def backward(y, nb, width, position, seed, words, other):
+def backward(y, nb, width, position, signs, other):
     """y = D H y / 2^(k - f). A loop that reads what it writes would not vectorise."""
     k = exponent(width)
     if width & (width - U(1)) == U(0) and ends_apart(k):
-        backward_to(y, nb, width, position, seed, words, y, other)
+        backward_to(y, nb, width, position, signs, y, other)
     else:
-        backward_to(y, nb, width, position, seed, words, other, other)
+        backward_to(y, nb, width, position, signs, other, other)
         copy(other, U(0), nb * width, y)
 
 

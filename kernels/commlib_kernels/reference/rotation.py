@@ -1,16 +1,17 @@
 """The randomised Hadamard transform of blocks: ``H D v / 2^f``, and back ``D H y / 2^(k - f)``.
 
-D negates the elements that `philox.signs` names. H is the Hadamard matrix of n = 2^k elements, in
-natural order, applied in k steps from the widest butterflies to the narrowest; every sum is rounded
-to fp32. f = floor(k / 2): the powers of two, which round nothing, come before the sums on the way
-there and after them on the way back. A block that is no power of two (the short last one) is
-rotated in pieces: the largest power of two first, then that of what is left.
+D negates the elements that `philox.signs` names, counted within the segment. H is the Hadamard
+matrix of n = 2^k elements, in natural order, applied in k steps from the widest butterflies to the
+narrowest; every sum is rounded to fp32. f = floor(k / 2): the powers of two, which round nothing,
+come before the sums on the way there and after them on the way back. A block that is no power of
+two (the short last one) is rotated in pieces: the largest power of two first, then that of what is
+left.
 """
 
 import numpy as np
 import numpy.typing as npt
 
-from commlib_kernels.philox import signs
+from commlib_kernels.philox import SIGNS, signs
 from commlib_kernels.reference.elements import F32, Floats
 
 
@@ -38,8 +39,8 @@ def _exponents(width: int) -> npt.NDArray[np.int64]:
 
 
 def _flip(v: Floats, seed: int, start: int) -> Floats:
-    negated = signs(seed, start, v.size).reshape(v.shape)
-    flipped: Floats = (v.view(np.uint32) ^ (negated.astype(np.uint32) << np.uint32(31))).view(F32)
+    places = (start + np.arange(v.size)) % SIGNS
+    flipped: Floats = (v.view(np.uint32) ^ signs(seed)[places].reshape(v.shape)).view(F32)
     return flipped
 
 
