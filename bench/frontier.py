@@ -173,35 +173,41 @@ def verdicts(rows: Sequence[Row]) -> list[tuple[str, str, bool]]:
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:
-    """One panel per kind of data."""
+    """One panel per kind of data, and one for the legend."""
     try:
         from matplotlib import pyplot
     except ImportError as error:
         raise RuntimeError("--plot needs matplotlib: pip install '.[plot]'") from error
     names = list(dict.fromkeys(r.data for r in rows))
-    figure, axes = pyplot.subplots(1, len(names), figsize=(4 * len(names), 4), sharey=True)
-    for axis, name in zip(axes, names, strict=True):
+    figure, axes = pyplot.subplots(2, 3, figsize=(13, 8), sharex=True, sharey=True)
+    peers = list(dict.fromkeys(r.codec for r in rows if r.peer))
+    markers = dict(zip(peers, "xsd^vP*", strict=False))
+    kinds: dict[str, Callable[[str], bool]] = {
+        "commlib rotate|eden": lambda t: t.startswith("rotate|eden"),
+        "commlib rotate|int": lambda t: t.startswith("rotate|int"),
+        "commlib int": lambda t: t.startswith("int") and ":" not in t,
+    }
+    for axis, name in zip(axes.flat, names, strict=False):
         here = [r for r in rows if r.data == name and 0 < r.nmse < 1 and r.bits < 10]
         grid = [1 + 0.05 * i for i in range(160)]
-        axis.plot(grid, [2 ** (-2 * b) for b in grid], "k:", label="Shannon, normal data")
-        ours = [r for r in here if not r.peer]
-        kinds: dict[str, Callable[[str], bool]] = {
-            "rotate|eden": lambda t: t.startswith("rotate|eden"),
-            "rotate|int": lambda t: t.startswith("rotate|int"),
-            "int": lambda t: t.startswith("int") and ":" not in t,
-        }
+        axis.plot(grid, [2 ** (-2 * b) for b in grid], "k:", label="Shannon's bound, normal data")
         for label, is_kind in kinds.items():
-            points = sorted((r.bits, r.nmse) for r in ours if is_kind(r.codec))
-            axis.plot(*zip(*points, strict=True), "o-", ms=3, label=label)
+            points = sorted((r.bits, r.nmse) for r in here if is_kind(r.codec) and not r.peer)
+            axis.plot(*zip(*points, strict=True), "o-", ms=4, label=label)
         for r in here:
             if r.peer:
-                axis.plot(r.bits, r.nmse, "x", color="tab:red")
-                axis.annotate(r.codec, (r.bits, r.nmse), fontsize=5)
-        axis.set(title=name, yscale="log", xlabel="bits per element", ylim=(1e-6, 2))
-    axes[0].set_ylabel("NMSE")
-    axes[0].legend(fontsize=7)
+                axis.plot(r.bits, r.nmse, markers[r.codec], color="black", ms=6, label=r.codec)
+        axis.set(title=name, yscale="log", ylim=(1e-6, 2))
+        axis.xaxis.set_tick_params(labelbottom=True)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("NMSE")
+    for axis in axes[1]:
+        axis.set_xlabel("bits per element")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    axes.flat[-1].axis("off")
+    axes.flat[-1].legend(handles, labels, loc="center", frameon=False)
     figure.tight_layout()
-    figure.savefig(file, dpi=150)
+    figure.savefig(file, dpi=110)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
