@@ -6,7 +6,8 @@
 
 Whatever v looked like, the elements of y look normal, with the block's root mean square: one large
 element no longer makes the others round to zero, and a code for the normal distribution fits any.
-The rotation keeps lengths, so errors are what they were in y. Wire: that of the inner codec.
+The rotation keeps lengths, so errors are what they were in y. (The kernels divide by powers of two
+instead, before and after; an odd power's sqrt(2) goes into the scale.) Wire: the inner codec's.
 
 Sources: Suresh et al. 2017 (arXiv 1611.00429); DRIVE, Vargaftik et al. 2021 (arXiv 2105.08339).
 """

@@ -16,7 +16,7 @@ table    the same, of any 16 values                         absmax              
 ======== ================================================= ====================== ===========
 
 Where `rotate` is set, blocks are rotated before they are coded and back after they are decoded
-(`rotation.py`).
+(`reference/rotation.py`).
 """
 
 from dataclasses import dataclass

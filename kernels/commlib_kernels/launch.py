@@ -82,6 +82,15 @@ def lanes_per_block(block: int) -> int:
     return min(LANES, 1 << (units - 1).bit_length())
 
 
+def check(fmt: Format) -> None:
+    """Refuse a format without CUDA kernels. Backends ask in `warmup`: before ranks meet."""
+    if not fmt.on_cuda:
+        what = "codebooks (eden1 to eden4, nf4, e2m1, e3m0)" if fmt.table else "rotations (rotate|)"
+        raise ValueError(
+            f"there are no CUDA kernels for {what} yet: take int2 to int8, fp8 or sign on GPUs"
+        )
+
+
 def _on_device(
     layout: Layout,
     fmt: Format,
@@ -237,11 +246,7 @@ def _template(
     hold: tuple[int, ...],
     rates: tuple[float, float, float],
 ) -> tuple[npt.NDArray[np.int64], Pieces]:
-    if not fmt.on_cuda:
-        raise ValueError(
-            f"there are no CUDA kernels for {'codebooks' if fmt.table else 'rotations'} "
-            "yet (rotate|, eden1 to eden4, nf4): take int2 to int8, fp8 or sign on GPUs"
-        )
+    check(fmt)
     found = _on_device(layout, fmt, owner, keys, hold, device)
     call = np.zeros(1, STRUCT)
     call["pieces"], call["piece_count"] = found.table.data_ptr(), len(found.table)

@@ -70,6 +70,7 @@ def reduce(
 
 def warmup(fmt: Format, device: torch.device | None = None) -> None:
     """Compile the kernels of this kind of format, or load them from the cache."""
+    launch.check(fmt)
     with torch.cuda.device(device):  # None: the current one
         for kernel in names(fmt):
             _function(FILES[fmt.kind], kernel, torch.cuda.current_device())

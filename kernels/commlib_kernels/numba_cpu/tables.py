@@ -19,7 +19,7 @@ u8, i32, f32 = np.uint8, np.int32, np.float32
 
 @cache
 def numbers(table: str) -> npt.NDArray[np.float32]:
-    """The array that kernels get; thresholds below zero one bit up, so that a tie goes to zero."""
+    """The array that kernels get; thresholds below zero a bit lower, so that a tie goes to zero."""
     t = thresholds(TABLES[table])
     t[t < 0] = np.nextafter(t[t < 0], np.float32(-np.inf))
     return np.concatenate([np.array(TABLES[table], np.float32), t])

@@ -97,6 +97,7 @@ def reduce(
 
 def warmup(fmt: Format, device: torch.device | str | None = None) -> None:
     """Compile this format's kernels and load them on a device (by default the current one)."""
+    launch.check(fmt)
     place = torch.device("cpu" if os.environ.get(SIMULATOR) == "1" else device or "cuda")
     layout = Layout((fmt.block,), align=fmt.align)
     x = torch.zeros(fmt.block, device=place)
