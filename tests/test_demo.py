@@ -130,12 +130,15 @@ def test_every_scheme_of_the_loss_table_is_accepted() -> None:
 def test_loss_table_is_paired(tmp_path: Path) -> None:
     first = loss.Experiment("small", "adamw", 0, "fp32")
     rows = [
-        loss.Row(replace(first, seed=seed, scheme=scheme), 60, value, 1.0)
-        for scheme, values in (("fp32", (2.0, 4.0)), ("int4+ef", (2.02, 4.12)))
+        loss.Row(replace(first, seed=seed, scheme=scheme), 60, value, 1.0, sent)
+        for scheme, values, sent in (
+            ("fp32", (2.0, 4.0), 600_000),
+            ("int4+ef", (2.02, 4.12), 80_000),
+        )
         for seed, value in enumerate(values)
     ]
     line = loss.table(rows).splitlines()[-1].split()
-    assert line == ["int4+ef", "3.0700", "+2.00%", "+1.00", "to", "+3.00"]
+    assert line == ["int4+ef", "3.0700", "+2.00%", "+1.00", "to", "+3.00", "7.5x"]
     path = tmp_path / "rows.jsonl"
     loss.append(path, rows[:2])
     loss.append(path, rows[2:])
@@ -177,10 +180,25 @@ def test_a_loss_run_repeats_and_a_stopped_table_goes_on(
     assert again[-1].loss == pytest.approx(plain, rel=0.01)
 
 
+def test_a_loss_run_of_coded_momentum_begins_as_plain(
+    corpus: data.Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SHAPES, "small", TINY)
+    monkeypatch.setattr(loss, "WARM_UP", 0.5)
+    plain = loss.run(loss.Experiment("small", "adamw", 0, "fp32"), (3, 6), corpus)
+    coded = loss.run(loss.Experiment("small", "adamw", 0, "momentum:int4+ef"), (3, 6), corpus)
+    assert coded[0].loss == pytest.approx(plain[0].loss, rel=1e-5)
+    assert coded[1].loss == pytest.approx(plain[1].loss, rel=0.05)
+    first, second = coded[0].sent, coded[1].sent
+    assert first is not None and second is not None
+    assert second - first < 0.5 * first  # three plain steps, then three coded ones
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
         (["--schemes", "int9+ef"], "int9"),
+        (["--loss", "--schemes", "momentum:int4+ef"], "way of AdamW alone"),
         (["--rate", "fast"], "is not a line rate"),
         (["--rounds", "0"], "at least 1"),
         (["--loss", "--schemes", "ternary+ef"], "diverges"),

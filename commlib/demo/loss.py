@@ -4,6 +4,9 @@ No network: the ranks are threads of one process, and their gradients meet in th
 that a real job uses. As every rank ends an all-reduce with the same bits (checked here), all ranks
 share one set of weights and one optimizer, and only gradients are computed once per rank.
 
+A scheme after ``momentum:`` codes Adam's momentum instead of the gradients, as 1-bit Adam does
+(`optim.OneBitAdam`): after WARM_UP of the steps, which are plain.
+
 Each finished run is appended to a JSONL file; a stopped table goes on from there.
 """
 
@@ -20,17 +23,20 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..benchmark.rows import origin
 from ..communicator import Communicator
+from ..optim.onebit_adam import OneBitAdam
 from ..scheme import Scheme
 from ..transport import ThreadTransport, run_ranks
 from .data import Corpus, load
 from .model import GPT, OPTIMIZERS, SHAPES, optimizer, warm_up
 
 PLAIN = "fp32"
+MOMENTUM = "momentum:"
+WARM_UP = 0.2  # of all steps; the paper of 1-bit Adam has 15 to 25%
 CORE = (PLAIN, "int8+ef", "int4+ef")
 # LoCo takes up a fifth of each error (arXiv 2407.04480: beta 0.8, which is 1 - omega here).
 HOW = (":round=nearest", ":round=stochastic", "+ef", "+ef:omega=0.2")
@@ -67,6 +73,7 @@ class Row:
     step: int
     loss: float
     seconds: float
+    sent: int | None = None  # bytes by rank 0 in all steps so far; None in old rows
     op: str = "demo loss"
     device: str = field(default_factory=lambda: origin().device)
     versions: dict[str, str] = field(default_factory=lambda: origin().versions)
@@ -139,8 +146,15 @@ def _asked(args: argparse.Namespace) -> tuple[Table, ...]:
         raise ValueError(f"--optimizers: {unknown} unknown; allowed: {', '.join(OPTIMIZERS)}")
     named = {"core": CORE, "all": ALL}
     texts = [text for word in args.schemes or ("core",) for text in named.get(word, (word,))]
-    schemes = dict.fromkeys([PLAIN, *(str(Scheme.parse(text)) for text in texts)])
+    schemes = dict.fromkeys([PLAIN, *map(_checked, texts)])
+    if any(MOMENTUM in text for text in schemes) and optimizers != ("adamw",):
+        raise ValueError(f"{MOMENTUM}... is a way of AdamW alone: say --optimizers adamw")
     return (Table(args.model or "10M", optimizers, tuple(schemes)),)
+
+
+def _checked(text: str) -> str:
+    momentum = MOMENTUM * text.startswith(MOMENTUM)
+    return momentum + str(Scheme.parse(text.removeprefix(MOMENTUM)))
 
 
 def run(
@@ -153,6 +167,33 @@ def run(
 
     Raises RuntimeError if an all-reduce ends with other bits on one rank than on another.
     """
+    rows: list[Row] = []
+    start = time.perf_counter()
+
+    def measure(step: int, model: GPT, transport: ThreadTransport) -> None:
+        held_out = _held_out(model, corpus, experiment.context)
+        seconds = time.perf_counter() - start
+        rows.append(Row(experiment, step, held_out, seconds, transport.bytes_sent))
+
+    make = _of_momentum if experiment.scheme.startswith(MOMENTUM) else _of_gradients
+    train = make(experiment, frozenset(steps), corpus, measure, progress)
+    with _numerics(experiment.matmul):
+        run_ranks(experiment.ranks, train, timeout=_TIMEOUT)
+    return rows
+
+
+Measure = Callable[[int, GPT, ThreadTransport], None]
+Train = Callable[[ThreadTransport], None]
+
+
+def _of_gradients(
+    experiment: Experiment,
+    steps: frozenset[int],
+    corpus: Corpus,
+    measure: Measure,
+    progress: Callable[[float], None],
+) -> Train:
+    """What each rank does; all share one set of weights."""
     model = GPT(SHAPES[experiment.model], seed=experiment.seed)
     updates = optimizer(experiment.optimizer, model)
     names, parameters = zip(*model.named_parameters(), strict=True)
@@ -162,17 +203,12 @@ def run(
     gradients = [torch.empty(sum(sizes)) for _ in range(experiment.ranks)]
     for parameter, piece in zip(parameters, gradients[0].split(sizes), strict=True):
         parameter.grad = piece.view_as(parameter)
-    rows: list[Row] = []
-    start = time.perf_counter()
 
     def train(transport: ThreadTransport) -> None:
         rank, mine = transport.rank, gradients[transport.rank]
         communicator = Communicator(transport, experiment.scheme, seed=experiment.seed)
         for step in range(max(steps)):
-            pair = corpus.batch(
-                experiment.batch, experiment.context, seed=experiment.seed, step=step, rank=rank
-            )
-            loss = model(*pair)
+            loss = _loss(model, experiment, corpus, step, rank)
             pieces = torch.autograd.grad(loss, parameters)
             torch.cat([piece.reshape(-1) for piece in pieces], out=mine)
             factor = 1.0 / experiment.ranks
@@ -188,25 +224,77 @@ def run(
                 updates.step()
                 if measured:
                     _check_equal(gradients)
-                    held_out = _held_out(model, corpus, experiment.context)
-                    rows.append(Row(experiment, step + 1, held_out, time.perf_counter() - start))
+                    measure(step + 1, model, transport)
                 progress(loss.item())
             transport.barrier()
         communicator.close()
 
-    with _numerics(experiment.matmul):
-        run_ranks(experiment.ranks, train, timeout=_TIMEOUT)
-    return rows
+    return train
+
+
+def _of_momentum(
+    experiment: Experiment,
+    steps: frozenset[int],
+    corpus: Corpus,
+    measure: Measure,
+    progress: Callable[[float], None],
+) -> Train:
+    """The same with AdamW's momentum, of which every rank has its own until it is sent."""
+    weights: list[Tensor] = [torch.empty(0)] * experiment.ranks
+
+    def train(transport: ThreadTransport) -> None:
+        rank = transport.rank
+        model = GPT(SHAPES[experiment.model], seed=experiment.seed)
+        scheme = experiment.scheme.removeprefix(MOMENTUM)
+        communicator = Communicator(transport, scheme, seed=experiment.seed)
+        like = optimizer(experiment.optimizer, model).defaults
+        updates = OneBitAdam(
+            model.named_parameters(),
+            communicator,
+            **{name: like[name] for name in ("lr", "betas", "eps", "weight_decay")},
+            warmup=max(1, round(WARM_UP * max(steps))),
+            decoupled_weight_decay=True,
+        )
+        for step in range(max(steps)):
+            loss = _loss(model, experiment, corpus, step, rank)
+            updates.zero_grad()
+            loss.backward()
+            warm_up(updates, step)
+            updates.step()
+            if step + 1 in steps:
+                weights[rank] = nn.utils.parameters_to_vector(model.parameters()).detach()
+                transport.barrier()
+                if rank == 0:
+                    _check_equal(weights)
+                    measure(step + 1, model, transport)
+            if rank == 0:
+                progress(loss.item())
+        communicator.close()
+
+    return train
+
+
+def _loss(model: GPT, experiment: Experiment, corpus: Corpus, step: int, rank: int) -> Tensor:
+    """Of the rank's batch of a step."""
+    pair = corpus.batch(
+        experiment.batch, experiment.context, seed=experiment.seed, step=step, rank=rank
+    )
+    loss: Tensor = model(*pair)
+    return loss
 
 
 def table(rows: Iterable[Row]) -> str:
     """One line per scheme; at each number of steps the mean loss and what it is beside plain's."""
     cells: dict[str, dict[int, dict[int, float]]] = {}
+    sent: dict[str, int] = {}
     for row in rows:
+        if row.sent:
+            sent[row.experiment.scheme] = row.sent // row.step
         scheme = cells.setdefault(row.experiment.scheme, {})
         scheme.setdefault(row.step, {})[row.experiment.seed] = row.loss
     steps = list(cells[PLAIN])
     header = ["scheme", *(text for n in steps for text in (f"loss at {n}", "to plain", "[seeds]"))]
+    header += ["fewer bytes"]
     body = []
     for name, losses in cells.items():
         line = ["fp32 (plain)" if name == PLAIN else name]
@@ -217,14 +305,17 @@ def table(rows: Iterable[Row]) -> str:
             mean = sum(percent) / len(percent)
             line += [f"{sum(seeds.values()) / len(seeds):.4f}"]
             line += ["", ""] if name == PLAIN else [f"{mean:+.2f}%", spread]
+        known = PLAIN in sent and name in sent
+        line += [f"{sent[PLAIN] / sent[name]:.1f}x" if known else "-"]
         body.append(line)
     return tabulate(body, header, disable_numparse=True, stralign="right")
 
 
 LEGEND = """\
 loss: held-out, nats per byte, mean of the seeds; to plain: loss over plain's loss of the same seed,
-mean and range of the seeds. Without round= a scheme rounds by default: to nearest with feedback.
-Parameters of one dimension travel exact."""
+mean and range of the seeds; fewer bytes: sent by rank 0 in all steps, plain's over the scheme's.
+momentum: AdamW's momentum is coded, after a plain first fifth of the steps. Without round= a scheme
+rounds by default: to nearest with feedback. Parameters of one dimension travel exact."""
 
 
 def read(path: Path) -> dict[tuple[Experiment, int], Row]:
