@@ -1,7 +1,6 @@
 """Codes of a table of values +- alike, and the scale that fits a block's codes best.
 
-Only magnitudes are compared, with the table's numbers in registers: that vectorises, where a search
-or a lookup would not. A table is 8 magnitudes and the 7 thresholds between them; a shorter one is
+Only magnitudes are compared, with the 7 thresholds between them (`lookup`); a shorter table is
 padded with thresholds that nothing exceeds. Equations: reference/blocks.py.
 """
 
@@ -10,78 +9,46 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from commlib_kernels.numba_cpu.coders import Coder, is_coded
-from commlib_kernels.numba_cpu.jit import SCALARS, bits, floats, inlined, loop
+from commlib_kernels.numba_cpu.coders import Coder, is_coded, nothing
+from commlib_kernels.numba_cpu.jit import SCALARS, floats, inlined, loop
+from commlib_kernels.numba_cpu.lookup import fit_pair, tree
 from commlib_kernels.numba_cpu.strips import U, absmax
-from commlib_kernels.numba_cpu.tables import pack, unpack
+from commlib_kernels.numba_cpu.tables import no_value, pack, unpack
+from commlib_kernels.numba_cpu.vectors import LANES
 from commlib_kernels.scalar import BAD_SCALE, HUGE, TINY
 from commlib_kernels.tables import TABLES, thresholds
 
 u8, u32, i32, f32 = np.uint8, np.uint32, np.int32, np.float32
 bf16_nearest, bf16_value = SCALARS.bf16_nearest, SCALARS.bf16_value
-HALF = 15
-"""Place in the table of the number of magnitudes."""
+MAGNITUDES, THRESHOLDS, HALF = U(16), U(24), U(31)
+"""Places in the array that kernels get, after the 16 values; at HALF the number of magnitudes."""
 
 
 @cache
 def numbers(table: str) -> npt.NDArray[np.float32]:
     """The array that kernels get."""
-    half = len(TABLES[table]) // 2
-    found = np.full(16, np.inf, np.float32)
-    found[:8] = 0
-    found[:half] = TABLES[table][half:]
-    found[8 : 7 + half] = thresholds(TABLES[table])[half:]
-    found[HALF] = half
+    values = TABLES[table]
+    half = len(values) // 2
+    found = np.zeros(32, np.float32)
+    found[: 2 * half] = values
+    found[16 : 16 + half] = values[half:]
+    found[24:31] = np.inf
+    found[24 : 23 + half] = thresholds(values)[half:]
+    found[31] = half
     return found
-
-
-@inlined
-def magnitudes_of(t):
-    """The 8 magnitudes, and how many of them count."""
-    return t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], i32(t[HALF])
 
 
 @inlined
 def thresholds_of(t):
     """The 7 thresholds."""
-    return t[8], t[9], t[10], t[11], t[12], t[13], t[14]
-
-
-@inlined
-def nearest(a, c, t):
-    """The magnitude nearest to a."""
-    m = c[1] if a > t[0] else c[0]
-    m = c[2] if a > t[1] else m
-    m = c[3] if a > t[2] else m
-    m = c[4] if a > t[3] else m
-    m = c[5] if a > t[4] else m
-    m = c[6] if a > t[5] else m
-    return c[7] if a > t[6] else m
+    return t[24], t[25], t[26], t[27], t[28], t[29], t[30]
 
 
 @inlined
 def number(a, t):
-    """Its number."""
-    k = i32(1) if a > t[0] else i32(0)
-    k = i32(2) if a > t[1] else k
-    k = i32(3) if a > t[2] else k
-    k = i32(4) if a > t[3] else k
-    k = i32(5) if a > t[4] else k
-    k = i32(6) if a > t[5] else k
-    return i32(7) if a > t[6] else k
-
-
-@inlined
-def value(code, scale, c):
-    """Table value times scale."""
-    k = i32(code) - c[8]
-    sign = u32(k) & u32(0x80000000)
-    k = k ^ (k >> i32(31))
-    odd, second, third = (k & i32(1)) != 0, (k & i32(2)) != 0, (k & i32(4)) != 0
-    low = (c[3] if second else c[1]) if odd else (c[2] if second else c[0])
-    high = (c[7] if second else c[5]) if odd else (c[6] if second else c[4])
-    m = high if third else low
-    return floats(bits(m) ^ sign) * scale
+    """The number of the magnitude nearest to a: how many thresholds lie below it."""
+    k = i32(a > t[0]) + i32(a > t[1]) + i32(a > t[2]) + i32(a > t[3])
+    return k + i32(a > t[4]) + i32(a > t[5]) + i32(a > t[6])
 
 
 @inlined
@@ -93,6 +60,12 @@ def code(z, k, half):
 @loop
 def halves(x, n):
     """Sum of n = 2^k elements, the upper half to the lower; x is overwritten."""
+    while n > U(LANES):
+        n = n // U(2)
+        for i in range(n):
+            x[i] = x[i] + x[n + i]
+    if n == U(LANES):
+        return tree(x)
     while n > U(1):
         n = n // U(2)
         for i in range(n):
@@ -114,22 +87,25 @@ def squares(v, o, n, h, down, x):
 @loop
 def products(v, o, n, h, inv, table, x, y, q):
     """Codes of ``z = v inv``; with their values c, products c z to x and c c to y, halved once."""
-    c, t, half = magnitudes_of(table), thresholds_of(table), i32(table[HALF])
-    for i in range(n - h):
-        z, w = v[o + i] * inv, v[o + h + i] * inv
-        a, b = abs(z), abs(w)
-        p, r = nearest(a, c, t), nearest(b, c, t)
-        x[i] = p * a + r * b
-        y[i] = p * p + r * r
-        q[o + i] = code(z, number(a, t), half)
-        q[o + h + i] = code(w, number(b, t), half)
-    for i in range(n - h, h):
+    t, half = thresholds_of(table), i32(table[HALF])
+    c = table[MAGNITUDES:]
+    pairs = (n - h) & ~U(LANES - 1)
+    for i in range(U(0), pairs, U(LANES)):
+        fit_pair(v, o + i, o + h + i, inv, t, c, half, x, y, i, q)
+    for i in range(pairs, h):
         z = v[o + i] * inv
         a = abs(z)
-        p = nearest(a, c, t)
-        x[i] = p * a
-        y[i] = p * p
-        q[o + i] = code(z, number(a, t), half)
+        k = number(a, t)
+        p = c[k]
+        x[i], y[i] = p * a, p * p
+        q[o + i] = code(z, k, half)
+        if i < n - h:
+            w = v[o + h + i] * inv
+            b = abs(w)
+            k = number(b, t)
+            r = c[k]
+            x[i], y[i] = x[i] + r * b, y[i] + r * r
+            q[o + h + i] = code(w, k, half)
 
 
 @loop
@@ -171,4 +147,4 @@ def no_code(v, nb, width, s, levels, stochastic, r, table, q):
     """`fit` has done it."""
 
 
-CODER = Coder(no_code, pack, unpack, value, np.uint8, magnitudes_of)
+CODER = Coder(no_code, pack, unpack, no_value, np.uint8, nothing)

@@ -78,10 +78,10 @@ value: Any = None
 Q: Any = None
 QUICK: Any = None
 FIT: Any = None
+TABLED: Any = None
 constants: Any = None
 fit: Any = None
-forward, backward, backward_to = rotation.forward, rotation.backward, rotation.backward_to
-one_nan = rotation.one_nan
+forward, backward = rotation.forward, rotation.backward
 
 
 # ---- one scale per segment: a first pass over all of it ---------------------------------------
@@ -170,8 +170,8 @@ def renew(q, nb, width, n, s, table, v, h, carry, omega, unscaled):
 
 
 @loop
-def renew_rotated(nb, width, n, s, v, decoded, h, carry, omega):
-    """As `renew`, from what was decoded and rotated back."""
+def renew_from(nb, width, n, s, v, decoded, h, carry, omega):
+    """As `renew`, from what was decoded."""
     for b in range(nb):
         o = b * width
         last = min(o + width, n)
@@ -218,7 +218,7 @@ def emit(
     if a[ROTATED]:
         y, real = at(a[SCRATCH + 8], f32), nb * width  # padding is rotated as well
         huge = HUGE_ROTATED
-        forward(v, nb, width, position, signs, y, other)
+        forward(v, nb, width, position, signs, y)
     if stage == 0:
         gather(v, n, rule, U(piece[GROUP]), a)
     else:
@@ -255,7 +255,10 @@ def emit(
                 if a[ROTATED]:
                     spread(q, nb, width, s, table, y)
                     backward(y, nb, width, position, signs, other)
-                    renew_rotated(nb, width, n, s, v, y, h, f[CARRY], f[OMEGA])
+                    renew_from(nb, width, n, s, v, other, h, f[CARRY], f[OMEGA])
+                elif TABLED:
+                    spread(q, nb, width, s, table, other)
+                    renew_from(nb, width, n, s, v, other, h, f[CARRY], f[OMEGA])
                 else:
                     renew(
                         q, nb, width, n, s, table, v, h, f[CARRY], f[OMEGA], rule == UNSCALED,
@@ -337,8 +340,8 @@ def reduce(a, f, rows, segments):
     v, h = at(a[SCRATCH], f32), at(a[SCRATCH + 1], f32)
     r, q = at(a[SCRATCH + 2], u32), at(a[SCRATCH + 3], Q)
     s, lanes = at(a[SCRATCH + 4], f32), at(a[SCRATCH + 5], f64)
-    sums, dense = at(a[SCRATCH + 6], f32), a[DENSE]  # not in v: loops want their arrays apart
-    signs, other, table = at(a[SIGNS], u32), at(a[SCRATCH + 7], f32), at(a[TABLE], f32)
+    total, dense = at(a[SCRATCH + 6], f32), a[DENSE]  # not in v: loops want their arrays apart
+    signs, y, table = at(a[SIGNS], u32), at(a[SCRATCH + 8], f32), at(a[TABLE], f32)
     two_passes = a[SHARED] and not dense
     keeping = a[MEMORY_KIND] != NONE and not a[ROTATED]
     for stage in range(0 if two_passes else 1, 2):
@@ -351,14 +354,15 @@ def reduce(a, f, rows, segments):
             start = U(0)
             while start < U(piece[NUMEL]):
                 nb, width, n = strip(U(piece[NUMEL]), start, U(a[BLOCK]), keeping)
+                sums = y if a[ROTATED] else total
                 clear(sums, U(0), nb * width)
                 for rank in range(a[COUNT]):
                     base = U(rank) * U(a[STRIDE])
                     codes = collect(a, a[WIRES], base, piece, start, nb, width, q, s)
                     accumulate(codes, nb, width, s, table, sums)
                 if a[ROTATED]:
-                    position = U(piece[BASE]) + start
-                    backward(sums, nb, width, position, signs, other)
+                    sums = total
+                    backward(y, nb, width, U(piece[BASE]) + start, signs, sums)
                 multiply(sums, n, f[FACTOR])
                 clear(sums, n, nb * width)
                 if dense:
@@ -392,14 +396,13 @@ def dequantize(a, f, rows, segments):
                 spread(codes, nb, width, s, table, y)
                 if a[DTYPE] == FP32 and n == nb * width and not a[ADD]:
                     x = at(a[X] + i64(4) * i64(o), f32)
-                    backward_to(y, nb, width, position, signs, x, other)
-                    one_nan(x, n)
+                    backward(y, nb, width, position, signs, x)
                 else:
                     backward(y, nb, width, position, signs, other)
                     if a[ADD]:
                         load(x32, x16, a[DTYPE], o, n, v)
-                        add(v, y, n)
-                    store(x32, x16, a[DTYPE], o, n, y)
+                        add(v, other, n)
+                    store(x32, x16, a[DTYPE], o, n, other)
             elif a[ADD]:
                 load(x32, x16, a[DTYPE], o, n, v)
                 accumulate(codes, nb, width, s, table, v)

@@ -67,11 +67,14 @@ def _made(kind: Kind) -> Ops:
         "Q": coder.codes,
         "QUICK": kind == "uniform",
         "FIT": kind == "gauss",
+        "TABLED": kind in ("gauss", "table"),
         "fit": gauss.fit if kind == "gauss" else gauss.no_fit,
     }
     parts: tuple[Callable[..., Any], ...] = (kernels.spread, kernels.accumulate, kernels.renew)
     for part in parts:
         bound[part.__name__] = specialise(part, kind, bound)
+    if bound["TABLED"]:
+        bound |= {"spread": tables.spread, "accumulate": tables.accumulate}
     parts = (
         kernels.collect,
         kernels.emit,

@@ -1,7 +1,7 @@
 """Codes of a table of any 16 values.
 
-All comparisons are made, with the table's numbers in registers: that vectorises, where a search or
-a lookup would not. A table is 16 values and the 15 thresholds between them in one array.
+All comparisons are made, with the thresholds in registers: that vectorises, where a search would
+not. A table is 16 values and the 15 thresholds between them in one array.
 """
 
 from functools import cache
@@ -9,9 +9,12 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from commlib_kernels.numba_cpu.coders import Coder, is_coded, pack_planes, unpack_planes
-from commlib_kernels.numba_cpu.jit import inlined, loop
+from commlib_kernels.numba_cpu.coders import Coder, is_coded, nothing, pack_planes, unpack_planes
+from commlib_kernels.numba_cpu.jit import floats, inlined, loop
+from commlib_kernels.numba_cpu.lookup import look_up, look_up_and_add
 from commlib_kernels.numba_cpu.strips import U
+from commlib_kernels.numba_cpu.vectors import LANES
+from commlib_kernels.scalar import NAN
 from commlib_kernels.tables import TABLES, thresholds
 
 u8, i32, f32 = np.uint8, np.int32, np.float32
@@ -23,15 +26,6 @@ def numbers(table: str) -> npt.NDArray[np.float32]:
     t = thresholds(TABLES[table])
     t[t < 0] = np.nextafter(t[t < 0], np.float32(-np.inf))
     return np.concatenate([np.array(TABLES[table], np.float32), t])
-
-
-@inlined
-def values_of(t):
-    """The 16 values."""
-    return (
-        t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7],
-        t[8], t[9], t[10], t[11], t[12], t[13], t[14], t[15],
-    )  # fmt: skip
 
 
 @inlined
@@ -52,25 +46,35 @@ def number(z, t):
 
 
 @inlined
-def value(code, scale, c):
-    """Table value times scale."""
-    q = i32(code)
-    v = c[1] if q > 0 else c[0]
-    v = c[2] if q > 1 else v
-    v = c[3] if q > 2 else v
-    v = c[4] if q > 3 else v
-    v = c[5] if q > 4 else v
-    v = c[6] if q > 5 else v
-    v = c[7] if q > 6 else v
-    v = c[8] if q > 7 else v
-    v = c[9] if q > 8 else v
-    v = c[10] if q > 9 else v
-    v = c[11] if q > 10 else v
-    v = c[12] if q > 11 else v
-    v = c[13] if q > 12 else v
-    v = c[14] if q > 13 else v
-    v = c[15] if q > 14 else v
-    return v * scale
+def no_value(code, scale, c):
+    """Tables have loops of their own, by whole vectors."""
+    return scale
+
+
+@loop
+def spread(q, nb, width, s, table, v):
+    """v = decoded."""
+    for b in range(nb):
+        o, scale = b * width, s[b]
+        if scale == scale:
+            for i in range(o, o + width, U(LANES)):
+                look_up(q, table, scale, v, i)
+        else:
+            for i in range(o, o + width):
+                v[i] = floats(NAN)
+
+
+@loop
+def accumulate(q, nb, width, s, table, v):
+    """v += decoded."""
+    for b in range(nb):
+        o, scale = b * width, s[b]
+        if scale == scale:
+            for i in range(o, o + width, U(LANES)):
+                look_up_and_add(q, table, scale, v, i)
+        else:
+            for i in range(o, o + width):
+                v[i] = floats(NAN)
 
 
 @loop
@@ -123,4 +127,4 @@ def unpack(wire, words, c, nb, width, nbits, q):
         unpack_planes(wire, c, nb, width, nbits, q)
 
 
-CODER = Coder(code, pack, unpack, value, np.uint8, values_of)
+CODER = Coder(code, pack, unpack, no_value, np.uint8, nothing)
