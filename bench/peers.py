@@ -135,6 +135,8 @@ def measured(label: str, segments: Sequence[Tensor]) -> tuple[float, Tensor]:
         if label.startswith("torchao"):
             power = 2.0 ** -math.floor(math.log2(float(segment.abs().max()) or 1.0))
         mine, out = OPTIONAL[label](segment * power)
+        if not out.isfinite().all():
+            raise RuntimeError("decodes to values that are not finite")
         bits += mine
         parts.append(out.flatten() / power)
     return bits / 8, torch.cat(parts)

@@ -36,6 +36,8 @@ def test_a_peer_that_is_better_misses_a_bar() -> None:
     found = {what: ok for what, _, ok in verdicts([*OURS, good, bad])}
     assert not found["peer one on normal: ours at 3.000 bits no worse"]
     assert found["peer two on normal: ours at 3.000 bits no worse"]
+    same = row("peer three", 2, 0.1, peer=True)
+    assert verdicts([*OURS, same])[-1][2]
 
 
 def test_peers_get_every_segment_and_who_fails_is_left_out(
@@ -50,7 +52,8 @@ def test_peers_get_every_segment_and_who_fails_is_left_out(
     monkeypatch.setattr(frontier, "PEERS", {})
     monkeypatch.setattr(frontier, "OURS", ("int4",))
     monkeypatch.setitem(peers.OPTIONAL, "torchao halved", halved)
-    for label in [label for label in peers.OPTIONAL if label != "torchao halved"]:
+    monkeypatch.setitem(peers.OPTIONAL, "divides", lambda x: (8.0, x / 0))
+    for label in list(peers.OPTIONAL)[:-2]:
         monkeypatch.setitem(peers.OPTIONAL, label, broken)
     segments = [torch.full((256,), 1e-9), torch.ones(128)]
     mine, theirs = measure("some", segments)
@@ -59,4 +62,6 @@ def test_peers_get_every_segment_and_who_fails_is_left_out(
     assert (theirs.codec, theirs.peer) == ("torchao halved", True)
     assert theirs.bits == 3 + 64 / 384
     assert theirs.nmse == pytest.approx(0.25)
-    assert "hivemind Float16 on some: left out, no such thing" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "hivemind Float16 on some: left out, no such thing" in said
+    assert "divides on some: left out, decodes to values that are not finite" in said
