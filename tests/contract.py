@@ -39,9 +39,11 @@ CODECS = [
 CPU_CODECS = [
     *("eden4", "eden3:block=96", "eden2:scale=unbiased", "eden1:block=32", "nf4", "nf4:block=96"),
     *("e2m1", "e3m0:block=32"),
+    *("mxfp8", "mxfp8:block=96", "mxfp8:round=stochastic", "mxfp4", "mxfp4:block=4096"),
     *("rotate|int4", "rotate|int8:block=4096:round=stochastic", "rotate|int2", "rotate|sign"),
     *("rotate|eden4", "rotate|eden3:block=512", "rotate|eden2:block=128", "rotate|eden1"),
     *("rotate:seed=5|eden2:scale=unbiased", "rotate|nf4:block=2048", "rotate|fp8:block=256"),
+    *("rotate|mxfp8:block=128:round=stochastic", "rotate|mxfp4:block=256"),
 ]
 """The same of codecs that have no CUDA kernels yet."""
 

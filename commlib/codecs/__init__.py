@@ -14,6 +14,7 @@ from functools import partial
 from commlib.codecs.base import Codec, Round
 from commlib.codecs.cast import BF16, FP8, FP16, FP32
 from commlib.codecs.codebook import E2M1, E3M0, NF4, Eden
+from commlib.codecs.microscaling import MXFP4, MXFP8
 from commlib.codecs.rotation import Rotated
 from commlib.codecs.sign import Natural, Sign, Ternary
 from commlib.codecs.uniform import QSGD, Int
@@ -26,6 +27,8 @@ __all__ = [
     "FP8",
     "FP16",
     "FP32",
+    "MXFP4",
+    "MXFP8",
     "NF4",
     "QSGD",
     "STAGES",
@@ -48,6 +51,8 @@ CODECS: dict[str, Callable[..., Codec]] = {
     "nf4": NF4,
     "e2m1": E2M1,
     "e3m0": E3M0,
+    "mxfp8": MXFP8,
+    "mxfp4": MXFP4,
 }
 """The name in scheme texts -> constructor, one line per codec."""
 

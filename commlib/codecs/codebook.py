@@ -114,7 +114,7 @@ class NF4(Table):
 
 @dataclass(frozen=True)
 class E2M1(Table):
-    """4-bit floats with one bit of mantissa, as in NVFP4 and MXFP4, but with a bf16 scale."""
+    """4-bit floats with one bit of mantissa, as in NVFP4 and mxfp4, but with a bf16 scale."""
 
     name: ClassVar[str] = "e2m1"
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from commlib.codecs.base import Codec, Round
 from commlib_kernels import Format
 
-ROTATED = ("uniform", "fp8", "sign", "gauss", "table")
+ROTATED = ("uniform", "fp8", "fp4", "sign", "gauss", "table")
 MIN_BLOCK = 128
 
 

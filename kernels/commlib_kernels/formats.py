@@ -8,12 +8,15 @@ kind     code of an element                                scale of a block     
 raw      its own bytes, in the dtype of the tensor          none                   itself
 cast     ``fp16`` or ``bf16``                               none                   itself
 uniform  integer in [-levels, levels], two's complement     absmax or l2 / levels  code * scale
-fp8      e4m3 (no infinities)                               absmax / 448           code * scale
+fp8      e4m3 (no infinities)                               absmax / 448, e8m0     code * scale
+fp4      e2m1 (no infinities, no NaN)                       e8m0                   code * scale
 sign     1 if negative                                      mean of |v|            +-scale
 natural  sign and exponent (9 bits)                         none                   +-2^e
 gauss    number of its value in a table of 2^bits, +- alike fit, unbiased          table * scale
 table    the same, of any 16 values                         absmax                 table * scale
 ======== ================================================= ====================== ===========
+
+A scale is bf16, 2 bytes. e8m0 is the microscaling formats': a power of two, 1 byte.
 
 Where `rotate` is set, blocks are rotated before they are coded and back after they are decoded
 (`reference/rotation.py`).
@@ -24,13 +27,14 @@ from typing import Literal
 
 from commlib_kernels.tables import TABLES
 
-Kind = Literal["raw", "fp16", "bf16", "uniform", "fp8", "sign", "natural", "gauss", "table"]
-ScaleRule = Literal["none", "absmax", "l2", "mean", "fit", "unbiased"]
+Kind = Literal["raw", "fp16", "bf16", "uniform", "fp8", "fp4", "sign", "natural", "gauss", "table"]
+ScaleRule = Literal["none", "absmax", "l2", "mean", "fit", "unbiased", "e8m0", "e8m0_up"]
 
 PLANES = (8, 4, 2, 1)
 """Bits of the planes that a code is split into, lowest bits first (Flash Communication V2)."""
 
 FP8_MAX = 448.0
+FP4_MAX = 6.0
 TILE = 128
 """Elements packed together where no block size says so (casts, natural, ``block=tensor``)."""
 
@@ -54,8 +58,23 @@ class Format:
 
     @property
     def on_cuda(self) -> bool:
-        """Whether there are CUDA kernels for it: none yet for tables and rotations."""
-        return not self.table and self.rotate is None
+        """Whether there are CUDA kernels for it: none yet for tables, rotations, microscaling."""
+        return not self.table and self.rotate is None and not self.power_scale
+
+    @property
+    def power_scale(self) -> bool:
+        """Whether a scale is a power of two in one byte (e8m0) instead of bf16."""
+        return self.scale in ("e8m0", "e8m0_up")
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of a scale."""
+        return 1 if self.power_scale else 2
+
+    @property
+    def top(self) -> float:
+        """The value of the largest code; at this one a block's absolute maximum is aimed."""
+        return {"fp8": FP8_MAX, "fp4": FP4_MAX}.get(self.kind, float(self.levels))
 
     @property
     def values(self) -> tuple[float, ...]:
@@ -82,7 +101,7 @@ class Format:
         return (numel + 7) // 8 * self.bits
 
     def scale_count(self, numel: int) -> int:
-        """Scales (2 bytes each) that go with `numel` elements of one segment."""
+        """Scales (`scale_bytes` each) that go with `numel` elements of one segment."""
         if self.scale == "none" or numel == 0:
             return 0
         return 1 if self.per_segment else -(-numel // self.block)

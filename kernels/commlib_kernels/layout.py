@@ -4,7 +4,7 @@ This is the only place where a size or an offset is computed. A message is `rank
 size (`stride` bytes); a payload is three sections, each starting at a multiple of 16 bytes::
 
     payload r:  | codes of piece 0 | codes of piece 1 | .. | scales of all pieces | raw pieces |
-                  \\_ every piece starts at a multiple of 16 _/   2 bytes each        16-aligned
+                  \\_ every piece starts at a multiple of 16 _/   1 or 2 bytes each   16-aligned
 
 A *piece* is what payload r holds of one segment. Segments are parameters: blocks restart at each.
 Where a piece begins depends on (segment size, ranks, align) alone and never on its neighbours, so
@@ -191,7 +191,7 @@ def _sections(layout: Layout, fmt: Format, rank: int) -> tuple[int, int, int]:
             raw += aligned((b - a) * layout.dtype.itemsize)
         else:
             codes += aligned(fmt.code_bytes(b - a))
-            scales += 2 * fmt.scale_count(b - a)
+            scales += fmt.scale_bytes * fmt.scale_count(b - a)
     return codes, aligned(scales), raw
 
 
@@ -255,7 +255,7 @@ def pieces(layout: Layout, fmt: Format, *, owner: bool = False) -> tuple[Piece, 
                 raw += aligned(n * layout.dtype.itemsize)
             else:
                 code += aligned(fmt.code_bytes(n))
-                scale += 2 * fmt.scale_count(n)
+                scale += fmt.scale_bytes * fmt.scale_count(n)
             local += end - begin
             local_block += -(-(end - begin) // fmt.block)
             segment_block += -(-layout.sizes[segment] // fmt.block)

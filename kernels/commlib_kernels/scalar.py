@@ -36,6 +36,9 @@ class Scalars(NamedTuple):
     e4m3_nearest: Function
     e4m3_stochastic: Function
     e4m3_value: Function
+    e2m1_nearest: Function
+    e2m1_value: Function
+    power_scale: Function
     natural_nearest: Function
     natural_stochastic: Function
     natural_value: Function
@@ -123,6 +126,31 @@ def make(
         return floats(value | ((w & u32(0x80)) << u32(24)))
 
     @jit
+    def e2m1_nearest(y):
+        b = bits(y)
+        a = min(b & u32(0x7FFFFFFF), u32(0x40C00000))  # 6
+        normal = ((a + u32(0x1FFFFF) + ((a >> u32(22)) & u32(1))) >> u32(22)) - u32(126 << 1)
+        even = rint(mul(floats(min(a, u32(0x3F800000))), f32(2)))
+        return (even if a < u32(0x3F800000) else normal) | ((b >> u32(28)) & u32(8))
+
+    @jit
+    def e2m1_value(c):
+        w = u32(c)
+        magnitude = w & u32(7)
+        normal = (magnitude << u32(22)) + u32(126 << 23)
+        even = bits(mul(f32(i32(magnitude)), f32(0.5)))
+        value = even if magnitude < u32(2) else normal
+        return floats(value | ((w & u32(8)) << u32(28)))
+
+    @jit
+    def power_scale(m, top, up):
+        """bf16 bits of 2^(floor(log2 m) - floor(log2 top)); `up`: twice that where m exceeds it."""
+        fraction = u32(0x7FFFFF)
+        over = up and (m & fraction) > (bits(top) & fraction)
+        e = (m >> u32(23)) - (bits(top) >> u32(23)) + u32(127)
+        return (e + u32(1) if over else e) << u32(7)
+
+    @jit
     def natural_code(b, add_bits):
         magnitude = b & u32(0x7FFFFFFF)
         exponent = min((magnitude + add_bits) >> u32(23), u32(254))
@@ -189,6 +217,9 @@ def make(
         e4m3_nearest,
         e4m3_stochastic,
         e4m3_value,
+        e2m1_nearest,
+        e2m1_value,
+        power_scale,
         natural_nearest,
         natural_stochastic,
         natural_value,

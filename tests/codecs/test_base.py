@@ -88,9 +88,8 @@ def test_t15_payloads_are_smaller_than_the_tensor(text: str) -> None:
         x = data("random", numel)
         assert encoded(codec(text), x).numel() < 4 * numel
     c = codec(text)
-    exact = c.format.bits + 16 * (c.format.scale != "none" and not c.format.per_segment) / (
-        c.format.block
-    )
+    per_block = 8 * c.format.scale_bytes * (c.format.scale != "none" and not c.format.per_segment)
+    exact = c.format.bits + per_block / c.format.block
     assert c.bits_per_element == pytest.approx(exact, abs=0.002)
 
 
@@ -228,7 +227,9 @@ def test_t32_scales_have_the_range_of_fp32(text: str) -> None:
                 float(round_trip(text, torch.ones(256)).norm()), rel=0.2
             )
         elif not codec(text).unbiased:
-            torch.testing.assert_close(q, torch.full((256,), size), rtol=0.01, atol=0)
+            # A power of two does not meet the maximum: half a step of the codes, or what is cut.
+            near = 0.25 if codec(text).format.power_scale else 0.01
+            torch.testing.assert_close(q, torch.full((256,), size), rtol=near, atol=0)
         assert q.isfinite().all()
         assert q.ne(0).any()
 

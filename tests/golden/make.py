@@ -30,6 +30,7 @@ GOLDEN = {
     ],
     "sign": ["sign", "sign:block=tensor", "ternary", "natural", "natural:round=nearest"],
     "codebook": ["eden4", "eden3:block=64", "eden2:scale=unbiased", "eden1", "nf4", "e2m1", "e3m0"],
+    "microscaling": ["mxfp8", "mxfp8:round=stochastic", "mxfp4", "mxfp4:block=64"],
     "rotation": ["rotate|int4", "rotate:seed=5|eden2:block=128", "rotate|eden4:block=256"],
 }
 """Module in commlib/codecs -> texts."""

@@ -15,7 +15,9 @@ from commlib_kernels import Format, Layout, Tag, nbytes, quantize, stride
 from commlib_kernels.layout import Piece, blocks, pieces, table
 from tests.contract import data
 
-FORMATS = [codec(t).format for t in ("fp32", "bf16", "int8", "int3:block=32", "sign:block=40")]
+FORMATS = [
+    codec(t).format for t in ("fp32", "bf16", "int8", "int3:block=32", "sign:block=40", "mxfp4")
+]
 TENSOR = codec("ternary:block=tensor").format
 CHEAP = settings(max_examples=60, deadline=None)
 
@@ -82,8 +84,8 @@ def test_sections_are_aligned_and_do_not_overlap(message: tuple[Layout, Format])
                 assert p.code % 16 == 0
                 taken[p.code : p.code + size] += 1
             if not raw and fmt.scale_count(p.numel):
-                assert p.scale % 2 == 0
-                taken[p.scale : p.scale + 2 * fmt.scale_count(p.numel)] += 1
+                assert p.scale % fmt.scale_bytes == 0
+                taken[p.scale : p.scale + fmt.scale_bytes * fmt.scale_count(p.numel)] += 1
         assert taken.max(initial=0) <= 1
         assert stride(part, fmt) % 16 == 0
         assert nbytes(part, fmt) == stride(part, fmt) * len(part.payloads)
@@ -146,7 +148,7 @@ def content(wire: torch.Tensor, p: Piece, layout: Layout, fmt: Format) -> tuple[
     if p.exact:
         size, scales = p.numel * layout.dtype.itemsize, 0
     else:
-        size, scales = fmt.code_bytes(p.numel), 2 * fmt.scale_count(p.numel)
+        size, scales = fmt.code_bytes(p.numel), fmt.scale_bytes * fmt.scale_count(p.numel)
     data = wire.numpy().tobytes()
     return data[p.code : p.code + size], data[p.scale : p.scale + scales]
 
@@ -158,6 +160,8 @@ def test_sizes_by_hand() -> None:
     # 7 elements are padded to 8: 4 bytes; a scale section of 2.
     assert nbytes(Layout((7,)), int4) == 16 + 16
     assert nbytes(Layout((0,)), int4) == 0
+    # 1000 elements have 32 scales of one byte.
+    assert nbytes(Layout((1000,)), codec("mxfp4").format) == 512 + 32
     assert nbytes(Layout((7,), exact=(True,)), int4) == 32
     # Four chunks of 256 elements: every payload is as large as the largest.
     assert nbytes(Layout((1000,), ranks=4, align=128), int4) == 4 * (128 + 16)

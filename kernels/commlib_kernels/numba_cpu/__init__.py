@@ -41,6 +41,8 @@ _RULES = {
     "none": strips.UNSCALED,
     "fit": strips.FITTED,
     "unbiased": strips.UNBIASED,
+    "e8m0": strips.POWER,
+    "e8m0_up": strips.POWER_UP,
 }
 
 
@@ -124,7 +126,7 @@ class _Call:
         if fmt.table:
             numbers = (gauss if fmt.kind == "gauss" else tables).numbers(fmt.table)
             self.a[kernels.TABLE] = numbers.ctypes.data
-        self.f[kernels.LEVELS] = 448 if fmt.kind == "fp8" else fmt.levels
+        self.f[kernels.LEVELS] = fmt.top
 
     def code(self, layout: Layout, tag: Tag, memory: Memory | None) -> None:
         """What coding needs beyond the tensor: random streams, residual, shared scales."""

@@ -22,6 +22,7 @@ from commlib_kernels.numba_cpu.strips import (
     FP32,
     LANES,
     NONE,
+    POWER,
     RUN,
     STRIP,
     STRIP_KEEPING,
@@ -41,11 +42,13 @@ from commlib_kernels.numba_cpu.strips import (
     load_residual,
     multiply,
     random_words,
+    read_powers,
     read_scales,
     same_scale,
     scale_of,
     store,
     store_residual,
+    write_powers,
     write_scales,
 )
 from commlib_kernels.scalar import HUGE, HUGE_ROTATED, NAN
@@ -198,16 +201,15 @@ def emit(
     h16 = at(a[RESIDUAL], u16)
     h8, hs = at(a[RESIDUAL], i8), at(a[RESIDUAL_SCALES], u16)
     whole = n == nb * width
-    fused = (
-        not a[ROTATED] and remember and kind == FP32 and rule == ABSMAX and whole and not a[SHARED]
-    )
+    by_absmax = rule == ABSMAX or rule >= POWER
+    fused = not a[ROTATED] and remember and kind == FP32 and by_absmax and whole and not a[SHARED]
     if remember:
         if kind == FP32:  # is renewed where it is; others are unpacked to scratch and back
             h = at(a[RESIDUAL] + i64(4) * i64(place), f32)
         else:
             load_residual(h16, h8, hs, kind, place, place_block, nb, width, n, h)
         if fused:
-            add_and_scale(g, f[ALPHA], h, nb, width, f[LEVELS], v, s)
+            add_and_scale(g, f[ALPHA], h, nb, width, rule, f[LEVELS], v, s)
         else:
             add_scaled(g, f[ALPHA], h, n, nb * width, v)
     else:
@@ -235,7 +237,10 @@ def emit(
         else:
             if not fused:
                 find_scales(y, nb, width, real, huge, rule, f[LEVELS], lanes, s)
-            write_scales(s, nb, words, U(piece[SCALE]) // U(2) + start // block)
+            if rule >= POWER:
+                write_powers(s, nb, wire, U(piece[SCALE]) + start // block)
+            else:
+                write_scales(s, nb, words, U(piece[SCALE]) // U(2) + start // block)
         if a[STOCHASTIC]:
             group = position // U(8)
             key = segments[0, piece[SEGMENT]]
@@ -272,6 +277,8 @@ def collect(a, address, base, piece, start, nb, width, q, s):
     wires, words = at(address, u8), at(address, u16)
     if a[RULE] == UNSCALED:
         same_scale(f32(1), nb, s)
+    elif a[RULE] >= POWER:
+        read_powers(wires, base + U(piece[SCALE]) + start // U(a[BLOCK]), nb, s)
     else:
         first = (base + U(piece[SCALE])) // U(2)
         if a[SHARED]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from commlib_kernels.formats import Format, Kind
-from commlib_kernels.numba_cpu import coders, gauss, kernels, tables
+from commlib_kernels.numba_cpu import coders, fp4, gauss, kernels, tables
 from commlib_kernels.numba_cpu.jit import entry, inlined, specialise
 from commlib_kernels.numba_cpu.strips import LANES, MAX_BLOCK, STRIP
 
@@ -40,7 +40,7 @@ def scratch() -> list[int]:
     return _local.addresses
 
 
-CODERS = coders.CODERS | {"gauss": gauss.CODER, "table": tables.CODER}
+CODERS = coders.CODERS | {"fp4": fp4.CODER, "gauss": gauss.CODER, "table": tables.CODER}
 
 _making = threading.Lock()
 

@@ -12,13 +12,13 @@ from commlib_kernels.numba_cpu.jit import SCALARS, bits, floats, inlined, loop
 from commlib_kernels.scalar import BAD_SCALE, HUGE, NAN, TINY
 
 U = np.uintp
-u16, u32, u64 = np.uint16, np.uint32, np.uint64
+u8, u16, u32, u64 = np.uint8, np.uint16, np.uint32, np.uint64
 f32, f64, i8, i32 = np.float32, np.float64, np.int8, np.int32
 
 FP32, FP16, BF16, INT8, NONE = 0, 1, 2, 3, 4
 """Element types of tensors and residuals, as kernels are told them."""
 
-ABSMAX, L2, MEAN, UNSCALED, FITTED, UNBIASED = range(6)
+ABSMAX, L2, MEAN, UNSCALED, FITTED, UNBIASED, POWER, POWER_UP = range(8)
 """Scale rules, as kernels are told them."""
 
 STRIP = 2048
@@ -32,7 +32,7 @@ RUN = U(4096)
 
 bf16_up, bf16_nearest, bf16_value = SCALARS.bf16_up, SCALARS.bf16_nearest, SCALARS.bf16_value
 fp16_nearest, fp16_value = SCALARS.fp16_nearest, SCALARS.fp16_value
-philox = SCALARS.philox
+philox, power_scale = SCALARS.philox, SCALARS.power_scale
 
 
 @loop
@@ -148,6 +148,8 @@ def scale_of(m, huge, total, numel, rule, levels):
         return u32(0)
     if rule == MEAN:
         return bf16_nearest(f32(total / f64(numel)))
+    if rule >= POWER:
+        return power_scale(m, levels, rule == POWER_UP)
     top = floats(m) / levels
     if rule == L2:
         top = f32(np.sqrt(total) / f64(levels))
@@ -169,15 +171,15 @@ def find_scales(v, nb, width, n, huge, rule, levels, lanes, s):
 
 
 @loop
-def add_and_scale(g, alpha, h, nb, width, levels, v, s):
-    """`add_scaled` and `find_scales` (absmax) of full blocks in one pass."""
+def add_and_scale(g, alpha, h, nb, width, rule, levels, v, s):
+    """`add_scaled` and `find_scales` (of the absmax) of full blocks in one pass."""
     for b in range(nb):
         m = u32(0)
         for i in range(b * width, (b + U(1)) * width):
             y = g[i] + alpha * h[i]
             v[i] = y
             m = max(m, bits(y) & u32(0x7FFFFFFF))
-        s[b] = bf16_value(scale_of(m, HUGE, f64(0), width, ABSMAX, levels))
+        s[b] = bf16_value(scale_of(m, HUGE, f64(0), width, rule, levels))
 
 
 @loop
@@ -192,6 +194,21 @@ def read_scales(words, o, step, nb, s):
     """Scales from the wire; step 0 where all blocks share one."""
     for b in range(nb):
         s[b] = bf16_value(words[o + b * step])
+
+
+@loop
+def write_powers(s, nb, wire, o):
+    """Scales that are powers of two to the wire, as e8m0: the exponent of fp32; NaN is 255."""
+    for b in range(nb):
+        wire[o + b] = u8(bits(s[b]) >> u32(23))
+
+
+@loop
+def read_powers(wire, o, nb, s):
+    """The same from the wire. The byte 0 is the scale 0, not 2^-127."""
+    for b in range(nb):
+        e = u32(wire[o + b])
+        s[b] = floats(NAN if e == u32(255) else e << u32(23))
 
 
 @loop

@@ -14,7 +14,7 @@ from commlib_kernels.layout import Layout, Piece, pieces, stride
 from commlib_kernels.memory import Memory
 from commlib_kernels.philox import lanes
 from commlib_kernels.reference import blocks, elements, rotation
-from commlib_kernels.reference.elements import F32, Bits, Floats
+from commlib_kernels.reference.elements import F32, Floats
 from commlib_kernels.tag import Tag
 
 name = "reference"
@@ -158,7 +158,7 @@ def _emit_piece(
         out[code : code + data.size] = data
         code += data.size
         if fmt.scale != "none" and (shared is None or start == 0):
-            words = scales[: 1 if shared is not None else rows].astype("<u2").view(np.uint8)
+            words = blocks.scale_bytes(fmt, scales[: 1 if shared is not None else rows])
             out[scale : scale + words.size] = words
             scale += words.size
         if memory is not None and h is not None:
@@ -263,9 +263,8 @@ def _decode_as_coded(fmt: Format, data: Bytes, p: Piece, layout: Layout) -> Floa
         return elements.load(chunk)
     parts = [np.zeros(0, F32)]
     code = p.code
-    words: Bits = (
-        data[p.scale :][: 2 * fmt.scale_count(p.numel)].copy().view("<u2").astype(np.uint32)
-    )
+    count = fmt.scale_bytes * fmt.scale_count(p.numel)
+    words = blocks.scales_of(fmt, data[p.scale :][:count])
     for start, rows, width, _ in _runs(fmt, p.numel):
         size = rows * width * fmt.bits // 8
         codes = blocks.unpack(fmt, data[code : code + size].reshape(rows, -1), width)

@@ -5,7 +5,7 @@ import numpy.typing as npt
 
 from commlib_kernels.formats import FP8_MAX, Format
 from commlib_kernels.reference import elements
-from commlib_kernels.reference.elements import E4M3, F32, NAN, Bits, Floats
+from commlib_kernels.reference.elements import E2M1, E4M3, F32, NAN, Bits, Floats
 from commlib_kernels.tables import thresholds
 
 HUGE = np.uint32(0x7E800000)  # 2^126: from here on 1 / scale would be subnormal
@@ -58,14 +58,43 @@ def scale_bits(fmt: Format, v: Floats, numel: int) -> tuple[np.uint32, np.uint32
     if fmt.scale in ("fit", "unbiased"):
         s = _fitted(fmt, v, m)
         return (BAD_SCALE if s >= HUGE >> 16 else s), m
+    if fmt.power_scale:
+        return _power(fmt, m), m
     if fmt.scale == "l2":
         norm = np.sqrt(norm_sum(v.astype(np.float64) ** 2))
         top = np.array([norm / fmt.levels]).astype(F32)
     else:
-        levels = FP8_MAX if fmt.kind == "fp8" else fmt.levels
-        top = m.reshape(1).view(F32) / F32(levels)
+        top = m.reshape(1).view(F32) / F32(fmt.top)
     s = elements.bf16_up(top)[0]
     return (BAD_SCALE if s >= HUGE >> 16 else s), m
+
+
+def _power(fmt: Format, m: np.uint32) -> np.uint32:
+    """bf16 bits of 2^e, ``e = floor(log2 m) - floor(log2 top)``: OCP Microscaling Formats 1.0, 6.3.
+
+    `top` is the largest code's value; m / 2^e may exceed it. With e8m0_up e is one more where so.
+    """
+    fraction, exponent = np.frexp(np.float64(m.reshape(1).view(F32)[0]))
+    top_fraction, top_exponent = np.frexp(fmt.top)
+    e = int(exponent) - int(top_exponent)
+    if fmt.scale == "e8m0_up" and fraction > top_fraction:
+        e += 1
+    return np.uint32(127 + e << 7)
+
+
+def scale_bytes(fmt: Format, scales: Bits) -> npt.NDArray[np.uint8]:
+    """Scales as they travel: bf16, or e8m0, whose byte is the exponent of fp32 and 255 is NaN."""
+    if fmt.power_scale:
+        return np.where(scales == BAD_SCALE, 255, scales >> 7).astype(np.uint8)
+    return scales.astype("<u2").view(np.uint8)
+
+
+def scales_of(fmt: Format, data: npt.NDArray[np.uint8]) -> Bits:
+    """The bf16 bits of scales that travelled. The byte 0 is the scale 0, not 2^-127."""
+    if fmt.power_scale:
+        wide = data.astype(np.uint32)
+        return np.where(wide == 255, BAD_SCALE, wide << 7).astype(np.uint32)
+    return data.copy().view("<u2").astype(np.uint32)
 
 
 def half_sum(v: Floats) -> np.float32:
@@ -146,6 +175,8 @@ def code(
         codes = (elements.bits(v) >> 31).astype(np.int32)
     elif fmt.kind == "fp8":
         codes = _e4m3(v * inv[:, None], random)
+    elif fmt.kind == "fp4":
+        codes = _e2m1(v * inv[:, None])
     elif fmt.table:
         codes = table_codes(fmt, v * inv[:, None])
     else:
@@ -171,6 +202,9 @@ def value(fmt: Format, codes: Codes, scales: Bits) -> Floats:
     elif fmt.kind == "fp8":
         magnitude = E4M3[codes & 0x7F].astype(F32) * s
         v = np.where(codes & 0x80, -magnitude, magnitude)
+    elif fmt.kind == "fp4":
+        magnitude = E2M1[codes & 7].astype(F32) * s
+        v = np.where(codes & 8, -magnitude, magnitude)
     elif fmt.table:
         v = np.array(fmt.values, F32)[codes] * s
     else:
@@ -213,6 +247,16 @@ def _e4m3(y: Floats, random: npt.NDArray[np.uint64] | None) -> Codes:
         even = np.floor(a.astype(F32) * F32(512) + _uniform(random)) > low
         up = np.where(a < 2.0**-6, even, up)
     codes: Codes = (np.where(up, high, low) | (elements.bits(y) >> 31) << 7).astype(np.int32)
+    return codes
+
+
+def _e2m1(y: Floats) -> Codes:
+    """4-bit codes: the nearest, ties to the even code; 6 and beyond is the last."""
+    a = np.abs(y)[..., None]
+    middles = (E2M1[1:] + E2M1[:-1]) / 2
+    # The upper neighbour of a middle is the even one where its number is.
+    over = np.where(np.arange(1, E2M1.size) % 2 == 0, a >= middles, a > middles)
+    codes: Codes = (over.sum(axis=-1) | (elements.bits(y) >> 31) << 3).astype(np.int32)
     return codes
 
 
