@@ -16,6 +16,7 @@ graphs, and NCCL wants them gone before its group.
 from __future__ import annotations
 
 from .plans import Message, Plan
+from .scheme import Thc
 
 ONCE = (
     "{what} is called for the first time while a CUDA graph is being captured: ranks could not "
@@ -65,6 +66,11 @@ class Captures:
                 "capture all_to_all of equal parts"
             )
         for message in plan.messages:
+            if isinstance(message.scheme.algorithm, Thc):
+                raise RuntimeError(
+                    f"{what}: {message.name} draws its random numbers on the host in every "
+                    "message, which a CUDA graph cannot repeat; capture under int4+ef"
+                )
             if id(message) not in self._ready:
                 raise RuntimeError(ONCE.format(what=what))
         self._fixed |= {id(message): message for message in plan.messages}

@@ -13,7 +13,7 @@ from commlib_kernels import backend_for
 from .codecs.base import Codec, Round
 from .feedback import OWNER, Compressor, Feedback, Plain
 from .modes import OF_PIPELINES
-from .scheme import AlgorithmConfig, Hierarchical, PowerSGD, Scheme, TwoPhase
+from .scheme import AlgorithmConfig, Hierarchical, PowerSGD, Scheme, Thc, TwoPhase
 
 
 class Move(NamedTuple):
@@ -28,7 +28,8 @@ class Compressors:
     """Made on first use, with their kernels compiled.
 
     Those of hierarchical schemes are others: they remember sums of a host, and of its part alone.
-    So are those of low rank, which remember a factor of that rank.
+    So are those of low rank, which remember a factor of that rank, and those of thc, whose owners
+    owe nothing.
 
     seed: of the random streams. rank: of this process in its group.
     """
@@ -73,7 +74,7 @@ class Compressors:
                 elif to is not compressor:
                     why = compressor.why_not(key, to, _align(scheme))
                     alike = of == apart(scheme)
-                    why = why or ("" if alike else "one of them is of hosts, or of low rank")
+                    why = why or ("" if alike else "one of them is of hosts, of low rank, or thc's")
                 if why:
                     raise ValueError(
                         f"the residual of {name!r} under {text_of(codec, memory, of)} cannot "
@@ -168,6 +169,8 @@ def apart(scheme: Scheme) -> AlgorithmConfig | None:
     config = scheme.algorithm
     if isinstance(config, Hierarchical):
         return Hierarchical()
+    if isinstance(config, Thc):
+        return config
     return PowerSGD(config.rank) if isinstance(config, PowerSGD) else None
 
 

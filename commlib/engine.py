@@ -18,7 +18,7 @@ from .carrier import Carrier
 from .collectives import ALGORITHMS, Pool, Steps, all_gather, differences
 from .compressors import Compressors
 from .copies import Copies
-from .planner import exchange, measure, speed
+from .planner import Profile, Speed, exchange, measure, speed
 from .planner import policy as measured_policy
 from .planner.schemes import Cost, seconds
 from .planning import Planning
@@ -79,9 +79,11 @@ class Engine(Planning):
         self._eras = any(rule.from_step for rule in self.policy.rules)
         self.nodes: tuple[Ranks, ...] = ()  # the ranks of each host, once a message needs them
         self._told: set[tuple[str, Scheme]] = set()
+        self.profile: Profile | None = None  # what "auto" has measured
         if auto and self.size > 1:
             with self._carrier.still():
-                self.policy = measured_policy(measure(self._measured_run, self.transport))
+                self.profile = measure(self._measured_run, self.transport)
+            self.policy = measured_policy(self.profile)
             self.meter.reset()
 
     # What is remembered.
@@ -149,7 +151,11 @@ class Engine(Planning):
             self._compressors.rescale(factor)
 
     def set_policy(
-        self, policy: str | Scheme | Policy | dict[str, Any], tensors: Mapping[str, TensorInfo]
+        self,
+        policy: str | Scheme | Policy | dict[str, Any],
+        tensors: Mapping[str, TensorInfo],
+        *,
+        auto: bool = False,
     ) -> None:
         """Go on under another policy; all ranks call it between the same two calls.
 
@@ -158,6 +164,8 @@ class Engine(Planning):
 
         Args:
             tensors: what this communicator sends, by key, as policies see it.
+            auto: it was made from what "auto" has measured, which is of messages: a call whose
+                tensors all travel raw stays the library's own.
 
         Raises: ValueError: a residual cannot go on under the new scheme (another feedback, other
             blocks), and nothing has changed. RuntimeError: ranks come with other policies, or a
@@ -181,14 +189,15 @@ class Engine(Planning):
             if refused is not None:
                 raise refused
             self._compressors.move(moves)
-            self.take_policy(new)
+            self.take_policy(new, auto=auto)
 
-    def take_policy(self, policy: Policy) -> None:
+    def take_policy(self, policy: Policy, *, auto: bool = False) -> None:
         """Go on under another policy without residuals, or with those of a state loaded next.
 
-        What follows is agreed on as ever: ranks with another policy are found before it is sent.
+        auto: as in `set_policy`. What follows is agreed on as ever: ranks with another policy are
+        found before it is sent.
         """
-        self.policy, self._auto = policy, False
+        self.policy, self._auto = policy, auto
         self._eras = any(rule.from_step for rule in policy.rules)
         self._plans.clear()
         self._carrier.captures.forget()
@@ -201,9 +210,13 @@ class Engine(Planning):
         """
         with self._carrier.still():
             link = exchange(self.transport, LINK_BYTES)
-            lossy = [text for text in schemes if not parse_scheme(text).lossless]
-            speeds = {text: speed(self.transport, text) for text in lossy}
-        return seconds(Topology(self.size, link), speeds)
+        return seconds(Topology(self.size, link), self.speeds(schemes))
+
+    def speeds(self, schemes: Sequence[str]) -> dict[str, Speed]:
+        """How fast the lossy ones of `schemes` (texts) code, by text; collective as `costs`."""
+        lossy = [text for text in schemes if not parse_scheme(text).lossless]
+        with self._carrier.still():
+            return {text: speed(self.transport, text) for text in lossy}
 
     def gather(self, mine: torch.Tensor, what: str) -> torch.Tensor:
         """The small tensors of all ranks, one row per rank, the same on all: to decide alike by.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from commlib.codecs.base import Codec
-from commlib.counters import counters
+from commlib.counters import Step, counters
 from commlib.modes import RESIDUAL_DTYPES, ErrorFeedback, Feedback, Plain, feedback
 from commlib_kernels import Layout, Memory, Tag
 from commlib_kernels.layout import blocks
@@ -108,6 +108,10 @@ class Compressor:
     def advance(self, key: Key) -> None:
         """Begin the next message of `key`: its next stream of random numbers."""
         self._counters.advance(names_of(key) or ("",))
+
+    def step(self, key: Key) -> Step:
+        """The number of the message of `key` that is under way."""
+        return self._counters.of(names_of(key) or ("",))
 
     def compress(
         self,
@@ -340,8 +344,7 @@ class Compressor:
         names = names_of(key)
         if key not in self._streams:
             self._streams[key] = tuple(zlib.crc32(name.encode()) for name in names) or (0,)
-        step = self._counters.of(names or ("",))
-        return Tag(self.seed, self._streams[key], step, self.rank)
+        return Tag(self.seed, self._streams[key], self.step(key), self.rank)
 
     def _memory(
         self,

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from .carrier import Carrier
-from .collectives import hierarchical, power_sgd
+from .collectives import hierarchical, power_sgd, thc
 from .compressors import Compressors
 from .feedback import names_of
 from .hosts import digest, identity
 from .modes import OF_PIPELINES, Delta
 from .plans import Message, Plan, explicit, is_exact, parse_scheme, segmented, single, why_raw
 from .policy import Policy, TensorInfo, raw
-from .scheme import AlgorithmConfig, Hierarchical, PowerSGD, Role, Scheme, TwoPhase
+from .scheme import AlgorithmConfig, Hierarchical, PowerSGD, Role, Scheme, Thc, TwoPhase
 from .stamp import WIRE_VERSION
 from .telemetry import Meter
 from .topology import Ranks, columns_of, nodes_of
@@ -34,6 +34,8 @@ SHOWN = 80
 # What else moves are values, not increments: yesterday's residual has no place there.
 ALL_REDUCE = "all_reduce"
 INCREMENTS = (ALL_REDUCE, "reduce_scatter")
+# What the other collectives know nothing of.
+KNOWS = {Hierarchical: "hosts", PowerSGD: "low rank", Thc: "sums of codes"}
 # What may travel as the difference to what all ranks hold.
 GATHER = "all_gather"
 
@@ -229,7 +231,7 @@ class Planning:
                 by_hosts = isinstance(scheme.algorithm, Hierarchical)
                 logger.warning(
                     "%s knows no %s: under %s it goes as %s%s",
-                    op, "hosts" if by_hosts else "low rank", scheme, flat,
+                    op, KNOWS[type(scheme.algorithm)], scheme, flat,
                     ", between all ranks alike" if by_hosts else "",
                 )  # fmt: skip
         return flat
@@ -294,6 +296,9 @@ class Planning:
         if isinstance(config, PowerSGD):
             plain = self._compressors.plain(message.scheme.codec)
             return {"rank": config.rank, "shapes": message.shapes, "plain": plain}
+        if isinstance(config, Thc):
+            thc.sum_dtype(self.size, config.bits)  # refuses more ranks than their sums have room
+            return {"bits": config.bits}
         return {}
 
 

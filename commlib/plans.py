@@ -33,6 +33,7 @@ from .scheme import (
     PowerSGD,
     Role,
     Scheme,
+    Thc,
     TwoPhase,
     check_dtype,
     matrix_of,
@@ -174,6 +175,8 @@ def why_raw(policy: Policy, info: TensorInfo) -> str | None:
     if isinstance(config, PowerSGD):
         why = config.unsuited(info.shape, codec, info.dtype)
         return f"under {rule.scheme}: {why or 'without a key there is nothing to start from'}"
+    if isinstance(config, Thc):
+        return f"under {rule.scheme}: {config.unsuited(info.numel, info.dtype)}"
     return f"{info.numel} values under {rule.scheme} would not be smaller than raw"
 
 
@@ -270,13 +273,14 @@ def _carries_raw(scheme: Scheme, exactly: AlgorithmConfig, dtype: torch.dtype) -
         return isinstance(config, Hierarchical)
     if isinstance(config, PowerSGD):  # beside its fp32 factors they would be as wide
         return dtype is torch.float32
-    return not isinstance(config, Hierarchical | Native)
+    return not isinstance(config, Hierarchical | Native | Thc)
 
 
 def _states(scheme: Scheme, key: Key) -> frozenset[str]:
     """Names of what a message changes: residuals, and the places of random streams."""
     inner = scheme.algorithm.inner if isinstance(scheme.algorithm, Hierarchical) else None
     stochastic = any(c.format.stochastic for c in (scheme.codec, inner) if c is not None)
+    stochastic = stochastic or isinstance(scheme.algorithm, Thc)
     if not scheme.remembers and not stochastic:
         return frozenset()
     return frozenset(names_of(key) or ("",))

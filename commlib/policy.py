@@ -43,6 +43,7 @@ from .scheme import (
     Ring,
     Role,
     Scheme,
+    Thc,
     TwoPhase,
     algorithm,
     check_dtype,
@@ -60,6 +61,7 @@ __all__ = [
     "Rule",
     "Scheme",
     "TensorInfo",
+    "Thc",
     "TwoPhase",
     "algorithm",
     "check_dtype",
@@ -269,6 +271,9 @@ class Policy:
             scheme = scheme.stateless()
         if isinstance(scheme.algorithm, PowerSGD):
             if scheme.algorithm.unsuited(info.shape, scheme.codec, info.dtype):
+                return raw()
+        elif isinstance(scheme.algorithm, Thc):
+            if scheme.algorithm.unsuited(info.numel, info.dtype):
                 return raw()
         elif scheme.codec.id != "fp32":
             payload = scheme.codec.nbytes(Layout(sizes=(info.numel,), dtype=info.dtype))

@@ -13,11 +13,12 @@ import torch
 from commlib_kernels.layout import Layout
 from commlib_kernels.tag import Tag
 
+from .collectives import thc
 from .collectives.base import message
 from .collectives.low_rank import approximated
 from .feedback import names_of
 from .plans import Message
-from .scheme import PowerSGD
+from .scheme import PowerSGD, Thc
 from .telemetry import Meter
 
 Read = Callable[[torch.Tensor, Callable[[list[Any]], None]], None]
@@ -56,6 +57,11 @@ def _coded(plan_message: Message, layout: Layout, x: torch.Tensor, step: int) ->
     """`x` after coding, where `layout` has it compressed."""
     codec, config = plan_message.scheme.codec, plan_message.scheme.algorithm
     coded = torch.empty_like(x)
+    if isinstance(config, Thc):
+        for start, size in zip(layout.starts, layout.sizes, strict=True):
+            part = slice(start, start + size)
+            coded[part] = thc.approximated(x[part].float(), config.bits)
+        return coded
     if not isinstance(config, PowerSGD):
         wire = torch.empty(codec.nbytes(layout), dtype=torch.uint8, device=x.device)
         codec.encode(x, wire, layout, Tag(step=step))

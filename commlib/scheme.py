@@ -4,6 +4,7 @@
 
     int8    int4:block=64+ef    int3+ef:beta=0.9    bf16@ring    int2+ef@two_phase:back=int4
     int4+ef@hierarchical    int4+ef@hierarchical:inner=bf16    fp32+ef@power_sgd:rank=2
+    fp32+ef@thc:bits=4
 
 A value in parentheses is taken as it stands, so that a codec with options can be an option itself:
 `back=(int4:block=64)`.
@@ -118,6 +119,7 @@ class Ring:
 
 
 MAX_RANK = 256
+THC_BITS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -161,14 +163,46 @@ class PowerSGD:
         return _format(self)
 
 
+@dataclass(frozen=True)
+class Thc:
+    """Codes that are added without being decoded (Li et al. 2024, arXiv 2302.08545).
+
+    An all-reduce: all ranks agree on a scale per chunk, round to one grid, and integers are summed.
+    It has no codec beside itself: the scheme's is fp32, what the sums are decoded to.
+
+    bits: of a code, 2, 4 or 8; sums take 8 bits, or 16 where ranks x (2^bits - 1) > 255.
+    """
+
+    id: ClassVar[str] = "thc"
+    bits: int = 4
+
+    def __post_init__(self) -> None:
+        if self.bits not in THC_BITS or isinstance(self.bits, bool):
+            allowed = ", ".join(map(str, THC_BITS))
+            raise ValueError(f"{self.id}: bits is {self.bits!r}, allowed: {allowed}")
+
+    def unsuited(self, numel: int, dtype: torch.dtype) -> str:
+        """Why a tensor of so many elements travels raw; empty where it does not.
+
+        By bytes of codes and sums among few ranks, and of a scale: tensors of a few elements.
+        """
+        padded = -(-numel // 4096) * 4096 if numel > 4096 else 1 << max(3, (numel - 1).bit_length())
+        if padded * (self.bits + 8) // 8 + 8 >= 2 * numel * dtype.itemsize:
+            return f"codes and sums of {numel} values would not be smaller than raw"
+        return ""
+
+    def __str__(self) -> str:
+        return _format(self)
+
+
 def matrix_of(shape: Sequence[int]) -> tuple[int, int]:
     """Rows and columns of a tensor as a matrix: the first dimension x the rest."""
     return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
 
 
-AlgorithmConfig = Native | TwoPhase | Hierarchical | Ring | PowerSGD
+AlgorithmConfig = Native | TwoPhase | Hierarchical | Ring | PowerSGD | Thc
 CONFIGS: Mapping[str, type[AlgorithmConfig]] = {
-    c.id: c for c in (Native, TwoPhase, Hierarchical, Ring, PowerSGD)
+    c.id: c for c in (Native, TwoPhase, Hierarchical, Ring, PowerSGD, Thc)
 }
 
 
@@ -198,6 +232,8 @@ class Scheme:
             )
         if isinstance(self.algorithm, PowerSGD):
             _check_power_sgd(self.codec, self.feedback)
+        if isinstance(self.algorithm, Thc):
+            _check_thc(self.codec, self.feedback)
 
     @classmethod
     def parse(cls, text: str) -> Scheme:
@@ -253,8 +289,9 @@ class Scheme:
         return chosen
 
     def flat(self) -> Scheme:
-        """The same scheme for collectives that know no hosts and no matrices: the codec alone."""
-        if not isinstance(self.algorithm, Hierarchical | PowerSGD):
+        """The same scheme for collectives that know neither hosts, matrices nor sums of codes: the
+        codec alone."""
+        if not isinstance(self.algorithm, Hierarchical | PowerSGD | Thc):
             return self
         return replace(self, algorithm=_default_algorithm(self.codec))
 
@@ -312,6 +349,19 @@ def _check_power_sgd(codec: Codec, feedback: Feedback) -> None:
         raise ValueError(
             f"{codec}+{feedback}@power_sgd: the residual is all that the factors leave of a "
             f"matrix, in fp32; power_sgd takes {codec}+ef without options, or {codec} alone"
+        )
+
+
+def _check_thc(codec: Codec, feedback: Feedback) -> None:
+    if codec.id != "fp32":
+        raise ValueError(
+            f"{codec}@thc: codes of {codec.id} are not of a grid that all ranks share, and cannot "
+            "be added; thc has codes of its own: write fp32+ef@thc:bits=4"
+        )
+    if feedback not in (Plain(), ErrorFeedback()):
+        raise ValueError(
+            f"{codec}+{feedback}@thc: the residual is what rounding and clamping leave, in fp32; "
+            f"thc takes {codec}+ef without options, or {codec} alone"
         )
 
 

@@ -34,7 +34,8 @@ from commlib_kernels import reference
 from commlib_kernels.layout import Layout
 from commlib_kernels.tag import Tag
 
-from .scheme import PowerSGD, Scheme
+from .collectives import thc
+from .scheme import PowerSGD, Scheme, Thc
 
 logger = logging.getLogger("commlib")
 
@@ -56,6 +57,8 @@ def typical_error(scheme: str) -> float:
     if isinstance(parsed.algorithm, PowerSGD):
         return 1.0  # of a large matrix without structure low rank has next to nothing
     x = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+    if isinstance(parsed.algorithm, Thc):
+        return float((thc.approximated(x, parsed.algorithm.bits) - x).norm() / x.norm())
     layout = Layout(sizes=(x.numel(),))
     wire = torch.zeros(codec.nbytes(layout), dtype=torch.uint8)
     out = torch.empty_like(x)

@@ -3,7 +3,7 @@
 `ALGORITHMS` has the all-reduces that a scheme may name. The others have one way each.
 """
 
-from . import differences, hierarchical, native, power_sgd, ring, two_phase
+from . import differences, hierarchical, native, power_sgd, ring, thc, two_phase
 from .base import Algorithm, Step, Steps, drive
 from .exchange import all_to_all, all_to_all_split, broadcast, raw, raw_reduce_scatter
 from .p2p import Mail
@@ -18,6 +18,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "ring": Algorithm(ring.all_reduce, ring.wire_bytes, ring.seconds),
     "power_sgd": Algorithm(power_sgd.all_reduce, power_sgd.wire_bytes, power_sgd.seconds),
+    "thc": Algorithm(thc.all_reduce, thc.wire_bytes, thc.seconds),
 }
 
 __all__ = [

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commlib.communicator import Communicator
 from commlib.integrations import channel
+from commlib.integrations.autoplan import AutoPlanner
 from commlib.integrations.ddp_refusals import (
     PYTHON_REDUCER,
     SPARSE,
@@ -28,7 +29,7 @@ from commlib.integrations.ddp_refusals import (
     check,
     device_of,
 )
-from commlib.integrations.replanning import Replanner, Settings
+from commlib.integrations.replanning import TOLD, Replanner, Settings
 from commlib.integrations.state import PolicyLike, State
 from commlib.planner.schemes import CANDIDATES, DEFAULT
 from commlib.policy import Policy, TensorInfo
@@ -60,8 +61,10 @@ def wrap(
 
     Args:
         model: a `DistributedDataParallel`, also inside `torch.compile`.
-        policy: scheme text, `Policy`, table or path of a policy file; None: what it was, at first
-            COMMLIB_POLICY, at first and without that "int8+ef".
+        policy: scheme text, `Policy`, table or path of a policy file; "auto": what is measured to
+            be faster on this link, planned anew for every parameter as gradients change
+            (`autoplan`); None: what it was, at first COMMLIB_POLICY, at first and without that
+            "int8+ef".
         seed: of the random streams; None: what it was, at first 0.
         timeout: seconds a collective may take; None: what it was, at first the group's.
 
@@ -183,7 +186,7 @@ class DDPState(State):
 
     def replan(
         self,
-        every: int = 100,
+        every: int | None = 100,
         *,
         schemes: Sequence[str] = CANDIDATES,
         default: str = DEFAULT,
@@ -200,9 +203,11 @@ class DDPState(State):
 
         States saved from now on carry the plan; `replan` again before loading one. A second call
         starts anew, a policy given to `wrap` ends it; a copy of the model keeps the plan it has.
+        Under "auto" there are plans without it, of another kind (`autoplan`), which it replaces.
 
         Args:
-            every: steps, with a backward that is synchronised, from one plan to the next.
+            every: steps, with a backward that is synchronised, from one plan to the next; None: no
+                more plans, the schemes stay as they are now.
             schemes: texts of the candidates, with one feedback and one block between them:
                 residuals go from one to the other. Default: int2+ef to int8+ef.
             objective: seconds are by the link and the codecs as measured now, so a resumed run may
@@ -216,6 +221,10 @@ class DDPState(State):
                 "plans are by parameter name, and this state knows of no model: use "
                 "commlib.wrap(model) in place of register_comm_hook"
             )
+        if every is None:
+            if self._replanner is not None:
+                self._replanner.stop()
+            return
         settings = Settings(every, tuple(schemes), default, alpha, objective)
         replanner = Replanner(settings, self._tensors()[GRADIENTS])
         replanner.start(self.communicator)
@@ -249,7 +258,9 @@ class DDPState(State):
 
     def _watch(self, replanner: Replanner, bucket: Any, names: tuple[str, ...]) -> None:
         if bucket.index() == 0:
-            self.policy = replanner.before_step(self.communicator) or self.policy
+            found = replanner.before_step(self.communicator)
+            if found is not None and not isinstance(replanner, AutoPlanner):
+                self.policy = found
         replanner.see(names, bucket.gradients(), last=bucket.is_last())
 
     def _planned(self) -> dict[str, Any]:
@@ -258,16 +269,21 @@ class DDPState(State):
         return {"policy": self.communicator.policy.to_json(), **self._replanner.state_dict()}
 
     def _load_planned(self, saved: Mapping[str, Any]) -> None:
+        tensors, auto = self._tensors().get(GRADIENTS, {}), "auto" in saved
+        if auto and self.policy != "auto":
+            return  # the user has named another: what was saved must fit that
+        mine = self._replanner
+        if mine is None or (isinstance(mine, AutoPlanner) and not auto):
+            self._replanner = AutoPlanner.saved(saved, tensors) if auto else None
         if self._replanner is None:
-            log.warning(
-                "the state is of a run that planned its schemes anew every so often; here they "
-                "stay as they were then, until replan() is called"
-            )
+            log.warning(TOLD)
         else:
             device = self._device or torch.device("cpu")
             self._replanner.load_state_dict(saved, device)
-        self.policy = Policy.parse(saved["policy"])
-        self.communicator.take_policy(self.policy)
+        policy = Policy.parse(saved["policy"])
+        self.communicator.take_policy(policy, auto=auto)
+        if not auto:
+            self.policy = policy
 
     def _reconfigure(
         self, policy: PolicyLike | None, seed: int | None, timeout: float | None
@@ -294,6 +310,9 @@ class DDPState(State):
             self.close()
             self._group, self._device = ddp.process_group, device
         self.communicator.warmup()  # what fails or takes long does so here, not in backward
+        if self.policy == "auto" and self._replanner is None:
+            tensors = self._tensors()[GRADIENTS]
+            self._replanner = AutoPlanner.measured(self.communicator, tensors)
 
     # DDP pickles its hooks' states. Groups, threads and parameters stay behind, residuals go along.
 

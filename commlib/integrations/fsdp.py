@@ -13,7 +13,9 @@ blocks restart at each, and residuals belong to it.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,15 +23,20 @@ from torch import nn
 
 from commlib.communicator import Communicator
 from commlib.integrations import channel
-from commlib.integrations.fsdp_groups import Backward, Group, key_of, names_of
+from commlib.integrations.fsdp_groups import Backward, Group, Segments, key_of, names_of
 from commlib.integrations.fsdp_refusals import (
     check,
     check_gradients,
     check_parameters,
     groups_of,
 )
+from commlib.integrations.fsdp_replanning import Watched
+from commlib.integrations.replanning import TOLD, Replanner, Settings
 from commlib.integrations.state import PolicyLike, State, parsed
+from commlib.planner.schemes import CANDIDATES, DEFAULT
 from commlib.policy import Policy, Role, TensorInfo
+
+log = logging.getLogger("commlib")
 
 Model = TypeVar("Model", bound=nn.Module)
 GRADIENTS, PARAMETERS, REPLICAS = "gradients", "parameters", "replicas"
@@ -122,6 +129,8 @@ class FSDPState(State):
         self._kept: dict[str, dict[str, Any]] = {}  # memory that outlives its communicator
         self._backward = Backward()
         self._names: dict[tuple[str, dist.ProcessGroup | None], str] = {}  # of communicators
+        self._watched: dict[str, Watched] = {}  # communicators whose schemes are planned
+        self._plans: dict[str, Policy] = {}  # what was planned for them
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -155,17 +164,57 @@ class FSDPState(State):
                 timeout=self.timeout,
                 device=self._groups[0].torch.device,
             )
+        for name in made.keys() & self._plans.keys():
+            made[name].take_policy(self._plans[name])
         kept, self._kept = self._kept, {}
         for name in made.keys() & kept.keys():
             made[name].load_state_dict(kept[name])
         return made
 
+    def replan(
+        self,
+        every: int | None = 100,
+        *,
+        schemes: Sequence[str] = CANDIDATES,
+        default: str = DEFAULT,
+        alpha: float = 1.0,
+        objective: Literal["bytes", "seconds"] = "bytes",
+    ) -> None:
+        """Choose each parameter's scheme anew every `every` steps, from the gradients as they are.
+
+        As `DDPState.replan` does, with its arguments, for what is compressed here: gradients as
+        they are reduce-scattered, or averages between replicas. A step is a backward that is
+        synchronised. Ranks that exchange have one plan: where there are replicas of shards, each
+        shard has its own.
+
+        Raises: as `DDPState.replan`.
+        """
+        if every is None:
+            for watched in self._watched.values():
+                watched.replanner.stop()
+            return
+        settings = Settings(every, tuple(schemes), default, alpha, objective)
+        found = {}
+        for name, tensors in self._carried().items():
+            replanner = Replanner(settings, tensors)
+            replanner.start(self.communicators[name])
+            found[name] = Watched(replanner)
+        self._watched = found
+
     def _tensors(self) -> dict[str, dict[str, TensorInfo]]:
         """What is reduce-scattered, as the policy sees it."""
+        found = self._carried().items()
+        return {use: tensors for use, tensors in found if not use.startswith(REPLICAS)}
+
+    def _carried(self) -> dict[str, dict[str, TensorInfo]]:
+        """What communicators of gradients carry, as the policy sees it."""
         found: dict[str, dict[str, TensorInfo]] = {}
         for group in self._groups:
+            use = self._use_of(group)
+            if group.replicated:
+                use = self._names[REPLICAS, group.replica_group]
             for name, parameter in zip(group.names, group.torch.fsdp_params, strict=True):
-                if use := self._use_of(group):
+                if use:
                     size = parameter._orig_size
                     found.setdefault(use, {})[name] = TensorInfo(
                         name, size.numel(), group.reduce_dtype, Role.GRADIENT, len(size)
@@ -191,14 +240,49 @@ class FSDPState(State):
 
     # What the groups ask for.
 
-    def _for_gradients(self, group: Group) -> Communicator:
-        return self._find(GRADIENTS, group.shard_group)
+    def _for_gradients(self, group: Group, segments: Segments, x: torch.Tensor) -> Communicator:
+        rows = 1 if group.shard_group is None else group.shard_group.size()
+        return self._watch(GRADIENTS, group.shard_group, segments, x, rows)
 
     def _for_parameters(self, group: Group) -> Communicator:
         return self._find(PARAMETERS, group.shard_group)
 
-    def _for_replicas(self, group: Group) -> Communicator:
-        return self._find(REPLICAS, group.replica_group)
+    def _for_replicas(self, group: Group, segments: Segments, x: torch.Tensor) -> Communicator:
+        return self._watch(REPLICAS, group.replica_group, segments, x, 1)
+
+    def _watch(
+        self,
+        use: str,
+        process_group: dist.ProcessGroup | None,
+        segments: Segments,
+        x: torch.Tensor,
+        rows: int,
+    ) -> Communicator:
+        """The communicator that is about to carry gradients `x`, after planning where it is due."""
+        found = self._find(use, process_group)
+        name = self._names[use, process_group]
+        watched = self._watched.get(name)
+        policy = None if watched is None else watched.see(found, segments, x, rows)
+        if policy is not None:
+            self._plans[name] = policy
+        return found
+
+    def _planned(self) -> dict[str, Any]:
+        return {
+            name: {"policy": self.communicators[name].policy.to_json(), **watched.state_dict()}
+            for name, watched in self._watched.items()
+        }
+
+    def _load_planned(self, saved: Mapping[str, Any]) -> None:
+        for name, planned in saved.items():
+            if name not in self.communicators:
+                continue  # `_load` says what is wrong
+            policy = self._plans[name] = Policy.parse(planned["policy"])
+            self.communicators[name].take_policy(policy)
+            if name in self._watched:
+                self._watched[name].replanner.load_state_dict(planned, self._groups[0].torch.device)
+        if not self._watched:
+            log.warning(TOLD)
 
     def _find(self, use: str, process_group: dist.ProcessGroup | None) -> Communicator:
         return self.communicators[self._names[use, process_group]]
@@ -221,7 +305,13 @@ class FSDPState(State):
         """What is not given stays, and so does the memory of what goes on as it was."""
         new = self.policy if policy is None else parsed(policy)
         others = self.parameters if parameters is None else parameters
-        stays = {GRADIENTS: new == self.policy, PARAMETERS: others == self.parameters}
+        if policy is not None:
+            self._watched.clear()
+        # what was planned has its residuals under other schemes than those of the policy
+        same = new == self.policy and (policy is None or not self._plans)
+        if not same:
+            self._plans.clear()
+        stays = {GRADIENTS: same, PARAMETERS: others == self.parameters}
         stays[REPLICAS] = stays[GRADIENTS]
         self._kept = {
             name: communicator.state_dict()
@@ -244,6 +334,13 @@ class FSDPState(State):
             own = [names[key_of(parameter)] for parameter in torch_group.fsdp_params]
             group.attach(self, own, gathers=self.parameters is not None)
             self._groups.append(group)
+        carried = self._carried() if self._watched else {}
+        for name, watched in self._watched.items():
+            if carried.get(name) != watched.replanner.tensors:
+                raise ValueError(
+                    f"the parameters of {name} are others than those that replan() was called for: "
+                    "wrap the model with a policy, which ends it"
+                )
         for communicator in self.communicators.values():
             communicator.warmup()  # what fails or takes long does so here, not in backward
 

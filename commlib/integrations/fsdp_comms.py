@@ -62,10 +62,11 @@ class ReduceScatter(Comm):
     ) -> None:
         mine = self.group
         late = mine.replica_group is None and mine.may_be_late(output_tensor, op)
-        work = mine.state._for_gradients(mine).reduce_scatter_segments(
+        segments = mine.gradients(output_tensor.numel())
+        work = mine.state._for_gradients(mine, segments, input_tensor).reduce_scatter_segments(
             output_tensor,
             input_tensor,
-            *mine.gradients(output_tensor.numel()),
+            *segments,
             factor=factor(op, group.size()),
             async_op=late,
             own=lambda: self.inner(output_tensor, input_tensor, group, op),
@@ -121,9 +122,10 @@ class Replicas(Base):  # type: ignore[misc]
         """FSDP2's call on what it has reduce-scattered; `tensors` has one tensor."""
         (x,), op, mine = tensors, opts.reduceOp, self.group
         late = op == ReduceOp.AVG and mine.may_be_late(x, op)
-        work = mine.state._for_replicas(mine).all_reduce_segments(
+        segments = mine.gradients(x.numel())
+        work = mine.state._for_replicas(mine, segments, x).all_reduce_segments(
             x,
-            *mine.gradients(x.numel()),
+            *segments,
             factor=factor(op, self.size()),
             async_op=late,
             own=lambda: dist.all_reduce(x, op, self.inner),

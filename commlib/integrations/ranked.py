@@ -59,7 +59,7 @@ class Ranks:
     def add(self, state: Mapping[str, Any]) -> None:
         """The next rank's state, as `unranked` gives it."""
         # what this rank alone has measured for the next plan is not among it
-        planned = {k: v for k, v in state.get("planned", {}).items() if k != "table"}
+        planned = _without("table", state.get("planned", {}))
         self._first = self._first or {
             "shapes": state["shapes"], "sums": state["sums"], "planned": planned
         }  # fmt: skip
@@ -94,3 +94,10 @@ class Ranks:
             if size
         ]
         return "; ".join(filter(None, lines))
+
+
+def _without(key: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state without `key`, and so the states in it."""
+    return {
+        k: _without(key, v) if isinstance(v, Mapping) else v for k, v in state.items() if k != key
+    }

@@ -31,6 +31,11 @@ from commlib.scheme import Scheme, TwoPhase
 
 log = logging.getLogger("commlib")
 
+TOLD = (
+    "the state is of a run that planned its schemes anew every so often; here they stay as they "
+    "were then, until replan() is called"
+)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -84,6 +89,7 @@ class Replanner:
         self.settings = settings
         self.tensors = dict(tensors)
         self.steps = 0  # whose last bucket was handed over
+        self.stopped = False
         self._cost: Cost = nbytes
         self._errors: Errors | None = None
 
@@ -113,18 +119,23 @@ class Replanner:
     def of(self, tensors: Mapping[str, TensorInfo]) -> Replanner:
         """The same for other tensors of the same group, from the first step on."""
         other = Replanner(self.settings, tensors)
-        other._cost = self._cost
+        other._cost, other.stopped = self._cost, self.stopped
         return other
+
+    def stop(self) -> None:
+        """Measure and plan no more; the schemes stay as they are."""
+        self.stopped, self._errors = True, None
+
+    @property
+    def measuring(self) -> bool:
+        """Whether the gradients of this step are measured."""
+        return not self.stopped and (self.steps + 1) % self.settings.every == 0
 
     def before_step(self, communicator: Communicator) -> Policy | None:
         """Plan where the step before was measured, on all ranks; the new policy, in force."""
-        errors, self._errors = self._errors, None
+        errors = self._summed(communicator)
         if errors is None:
             return None
-        every = communicator.gather(errors.table, f"error tables of step {self.steps - 1}")
-        errors.table = every[0].view_as(errors.table).clone()
-        for other in every[1:]:
-            errors.table += other.view_as(errors.table)
         try:
             made = plan(errors.layers(self.settings.default, self._cost), alpha=self.settings.alpha,
                         default=self.settings.default)  # fmt: skip
@@ -142,13 +153,27 @@ class Replanner:
             )
         return policy
 
+    def _summed(self, communicator: Communicator) -> Errors | None:
+        """The tables of all ranks added up, where the step before was measured."""
+        errors, self._errors = self._errors, None
+        if errors is None:
+            return None
+        every = communicator.gather(errors.table, f"error tables of step {self.steps - 1}")
+        errors.table = every[0].view_as(errors.table).clone()
+        for other in every[1:]:
+            errors.table += other.view_as(errors.table)
+        return errors
+
+    def _table(self, device: torch.device) -> Errors:
+        return Errors(self.tensors, self.settings.schemes, device)
+
     def see(self, names: Sequence[str], gradients: Sequence[torch.Tensor], *, last: bool) -> None:
         """The gradients of a bucket that is about to be sent."""
-        if (self.steps + 1) % self.settings.every == 0:
+        if self.measuring:
             with torch.no_grad():
                 for name, gradient in zip(names, gradients, strict=True):
                     if self._errors is None:
-                        self._errors = Errors(self.tensors, self.settings.schemes, gradient.device)
+                        self._errors = self._table(gradient.device)
                     if name in self.tensors:  # else a parameter exchanged after DDP took it
                         self._errors.add(name, gradient)
         self.steps += last
@@ -164,7 +189,7 @@ class Replanner:
         """Go on from `state_dict()`. ValueError where its table is of other tensors or schemes."""
         errors = None
         if "table" in state:
-            errors = Errors(self.tensors, self.settings.schemes, device)
+            errors = self._table(device)
             if state["table"].shape != errors.table.shape:
                 raise ValueError(
                     f"the saved error table has {tuple(state['table'].shape)} entries, these "
@@ -194,10 +219,15 @@ def _slices(scheme: Scheme) -> int | None:
 
 
 def _summary(made: Plan, default: str, unit: str) -> str:
+    gain = uniform(made.layers, default).cost / made.cost
+    used = made.error / made.budget if made.budget else 0.0
+    shown = f"{used:.3f} of the error allowed: {counted(made)}"
+    return f"{gain:.2f}x fewer {unit} than {default}, {shown}"
+
+
+def counted(made: Plan) -> str:
+    """How many layers have which scheme."""
     counts: dict[str, int] = {}
     for text in made.schemes.values():
         counts[text] = counts.get(text, 0) + 1
-    shown = ", ".join(f"{n} x {text}" for text, n in sorted(counts.items()))
-    gain = uniform(made.layers, default).cost / made.cost
-    used = made.error / made.budget if made.budget else 0.0
-    return f"{gain:.2f}x fewer {unit} than {default}, {used:.3f} of the error allowed: {shown}"
+    return ", ".join(f"{n} x {text}" for text, n in sorted(counts.items()))

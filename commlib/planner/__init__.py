@@ -4,6 +4,7 @@ from .auto import CANDIDATES, Curve, Profile, Speed, choose, policy, predict
 from .breakeven import breakeven, breakeven_table, choices_table
 from .errors import Errors
 from .measure import exchange, measure, speed
+from .messages import Prices, plan_messages
 from .schemes import Layer, Plan, plan, uniform
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Errors",
     "Layer",
     "Plan",
+    "Prices",
     "Profile",
     "Speed",
     "breakeven",
@@ -21,6 +23,7 @@ __all__ = [
     "exchange",
     "measure",
     "plan",
+    "plan_messages",
     "policy",
     "predict",
     "speed",

@@ -20,6 +20,8 @@ from ..policy import TensorInfo
 from ..scheme import Scheme
 from .schemes import Cost, Layer, candidates, nbytes
 
+RUN = 1024  # elements that are sampled together: whole blocks of all codecs but the largest
+
 
 def squared_error(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """|Q(x) - x|^2 as an fp64 scalar on the device of `x`; 0 for a scheme that loses nothing."""
@@ -41,6 +43,8 @@ class Errors:
         tensors: by name, the same on all ranks.
         schemes: texts of the candidates.
         device: of the gradients.
+        sample: elements of a gradient that are coded, in whole blocks drawn once for each size; the
+            sums are scaled up. None: all.
     """
 
     def __init__(
@@ -48,9 +52,11 @@ class Errors:
         tensors: Mapping[str, TensorInfo],
         schemes: Sequence[str],
         device: torch.device | str = "cpu",
+        sample: int | None = None,
     ) -> None:
         self.infos = dict(tensors)
         self.schemes = tuple(schemes)
+        self._sample = sample
         self._parsed = [Scheme.parse(text) for text in schemes]
         self._rows = {name: row for row, name in enumerate(self.infos)}
         # the last column is the energy
@@ -64,10 +70,11 @@ class Errors:
         possible = candidates(self.infos[name], self.schemes)
         if len(possible) == 1:
             return
+        gradient, times = _sampled(gradient.detach().reshape(-1), self._sample)
         for place, text in enumerate(self.schemes):
             if text in possible:
-                row[place] += squared_error(gradient, self._parsed[place])
-        row[-1] += _energy(gradient.detach().reshape(-1))
+                row[place] += times * squared_error(gradient, self._parsed[place])
+        row[-1] += times * _energy(gradient)
 
     def layers(self, default: str, cost: Cost = nbytes) -> tuple[Layer, ...]:
         """The rows, with what sending costs.
@@ -86,6 +93,18 @@ class Errors:
             found = tuple(by_text.get(text, 0.0) for text in texts)
             rows.append(Layer(name, info.numel, texts, found, costs))
         return tuple(rows)
+
+
+def _sampled(x: torch.Tensor, most: int | None) -> tuple[torch.Tensor, float]:
+    """About `most` elements of flat `x` in runs of `RUN`, and how many times more there are."""
+    runs = x.numel() // RUN
+    if most is None or x.numel() <= most:
+        return x, 1.0
+    # at random: regular steps would meet the same columns of a matrix again and again
+    order = torch.randperm(runs, generator=torch.Generator().manual_seed(runs))
+    taken = order[: max(1, most // RUN)].to(x.device)
+    part = x[: runs * RUN].view(runs, RUN)[taken].reshape(-1)
+    return part, x.numel() / part.numel()
 
 
 def _energy(x: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,8 @@ import torch
 from commlib_kernels.layout import Layout
 from commlib_kernels.tag import Tag
 
+from ..compressors import Compressors
+from ..feedback import owner_key
 from ..scheme import Scheme
 from ..topology import Link
 from ..transport import Transport
@@ -103,8 +105,13 @@ def _curves(run: Run, transport: Transport, candidates: Sequence[str]) -> tuple[
 
 
 def speed(transport: Transport, text: str) -> Speed:
-    """The codec of `text` alone, as two_phase uses it, on all ranks at once; collective."""
-    codec = Scheme.parse(text).resolve().codec
+    """What codes by `text`, as two_phase uses it, on all ranks at once; collective.
+
+    With the residual that its feedback keeps.
+    """
+    scheme = Scheme.parse(text).resolve()
+    codec = scheme.codec
+    compressor = Compressors(transport.device, 0, transport.rank).of(scheme)
     layout = Layout(sizes=(SPEED_NUMEL,), ranks=transport.size, align=codec.align)
     mine = layout.only(transport.rank)
     device = transport.device
@@ -115,10 +122,11 @@ def speed(transport: Transport, text: str) -> Speed:
     # any payloads will do as what the others sent: take my own chunk's, once per rank
     codec.encode(x, back, mine, Tag())
     wires = back.repeat(transport.size)
+    key, owner = "x", owner_key("x")
     steps = (
-        lambda: codec.encode(x, wire, layout, Tag()),
-        lambda: codec.decode(wire, x, layout, Tag()),
-        lambda: codec.reduce(wires, back, mine, Tag(), factor=1 / transport.size),
+        lambda: compressor.compress(key, x, wire, layout),
+        lambda: compressor.decompress(owner, wire, x, layout),
+        lambda: compressor.reduce(owner, wires, back, mine, factor=1 / transport.size),
     )
     for step in steps:
         step()
