@@ -31,7 +31,7 @@ import torch
 from tabulate import tabulate
 
 from commlib_kernels import reference
-from commlib_kernels.layout import Layout
+from commlib_kernels.layout import Layout, nbytes
 from commlib_kernels.tag import Tag
 
 from .scheme import PowerSGD, Scheme
@@ -57,7 +57,7 @@ def typical_error(scheme: str) -> float:
         return 1.0  # of a large matrix without structure low rank has next to nothing
     x = torch.randn(4096, generator=torch.Generator().manual_seed(0))
     layout = Layout(sizes=(x.numel(),))
-    wire = torch.zeros(codec.nbytes(layout), dtype=torch.uint8)
+    wire = torch.zeros(nbytes(layout, codec.format), dtype=torch.uint8)
     out = torch.empty_like(x)
     reference.quantize(codec.format, x, wire, layout, Tag())
     reference.dequantize(codec.format, wire, out, layout)

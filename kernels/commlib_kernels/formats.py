@@ -12,6 +12,7 @@ fp8      e4m3 (no infinities)                               absmax / 448        
 sign     1 if negative                                      mean of |v|            +-scale
 natural  sign and exponent (9 bits)                         none                   +-2^e
 gauss    number of its value in a table of 2^bits, +- alike fit, unbiased          table * scale
+grid     rint(v / rms / step), at most +-levels, 8 bits     fit                    code * scale
 table    the same, of any 16 values                         absmax                 table * scale
 ======== ================================================= ====================== ===========
 
@@ -24,7 +25,7 @@ from typing import Literal
 
 from commlib_kernels.tables import TABLES
 
-Kind = Literal["raw", "fp16", "bf16", "uniform", "fp8", "sign", "natural", "gauss", "table"]
+Kind = Literal["raw", "fp16", "bf16", "uniform", "fp8", "sign", "natural", "gauss", "grid", "table"]
 ScaleRule = Literal["none", "absmax", "l2", "mean", "fit", "unbiased"]
 
 PLANES = (8, 4, 2, 1)
@@ -49,13 +50,15 @@ class Format:
     stochastic: bool = False
     table: str = ""
     """Of the kinds gauss and table: its name in `tables.TABLES`."""
+    step: float = 0.0
+    """Of the kind grid: from one code to the next, in root mean squares of the block."""
     rotate: int | None = None
     """Seed of the signs of the rotation; None: there is none."""
 
     @property
     def on_cuda(self) -> bool:
-        """Whether there are CUDA kernels for it: none yet for tables and rotations."""
-        return not self.table and self.rotate is None
+        """Whether there are CUDA kernels for it: none yet for tables, grids and rotations."""
+        return not self.table and self.kind != "grid" and self.rotate is None
 
     @property
     def values(self) -> tuple[float, ...]:
