@@ -38,7 +38,7 @@ from . import stamp
 from .feedback import Compressor, Key
 from .modes import Delta, ErrorFeedback, Lep, Plain, Reuse
 from .references import References
-from .scheme import DTYPES, Scheme
+from .scheme import DTYPES, Scheme, check_fixed_size
 
 CPU = torch.device("cpu")
 
@@ -82,6 +82,7 @@ class Boundary:
         self.shape, self.numel = tuple(shape), math.prod(shape)
         self.samples = self.shape[0] if self.shape else 1
         residual = memory.residual if isinstance(memory, Lep) else Plain()
+        check_fixed_size(scheme.codec, "a boundary between pipeline stages", "")
         self._compressor = Compressor(scheme.codec, residual, seed, device=device)
         self._scheme = told(scheme)
         self._digest = stamp.digest(f"{self._scheme} {key}")

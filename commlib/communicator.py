@@ -20,9 +20,9 @@ from . import collectives
 from .collectives import Steps
 from .engine import Engine
 from .feedback import Compressor
-from .plans import Message, exact, explicit, is_exact
+from .plans import Message, exact, explicit, is_exact, parse_scheme
 from .policy import TensorInfo, raw
-from .scheme import DTYPES, Role, Scheme, TwoPhase
+from .scheme import DTYPES, Role, Scheme, TwoPhase, check_fixed_size
 from .traffic import Transport, check_all_to_all, check_rank, check_tensor
 from .work import Work
 
@@ -261,6 +261,10 @@ class Communicator(Engine):
         check_all_to_all(out, x, out_splits, in_splits, self.size)
         even = out_splits is None or in_splits is None
         op = "all_to_all" if even else "all_to_all of parts"
+        if not even and not is_exact():
+            rules = [rule.scheme for rule in self.policy.rules if rule.role in (None, role)]
+            for one in rules if scheme is None else [scheme]:
+                check_fixed_size(parse_scheme(one).codec, op, "equal parts")
         plan = self._plan(op, x, None, role, scheme)
         flat, into = x.detach().view(-1), out.detach().view(-1)
 

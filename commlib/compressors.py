@@ -10,6 +10,7 @@ import torch
 
 from commlib_kernels import backend_for
 
+from .codecs import Entropy
 from .codecs.base import Codec, Round
 from .feedback import OWNER, Compressor, Feedback, Plain
 from .modes import OF_PIPELINES
@@ -152,6 +153,8 @@ class Compressors:
         return made
 
     def _compile(self, codec: Codec) -> None:
+        if isinstance(codec, Entropy):
+            codec.warmup(self._device)
         warmup = getattr(backend_for(self._device), "warmup", None)
         if warmup is not None:
             warmup(codec.format, self._device)

@@ -145,16 +145,19 @@ class Compressor:
         *,
         factor: float = 1.0,
         hold: Sequence[int] = (),
-    ) -> None:
+    ) -> int:
         """Sum all ranks' payloads of one chunk, into a wire (with `key`'s residual) or dense.
 
         Args:
             hold: as in `compress`.
+
+        Returns: the bytes used of `out`.
         """
         self._factors[key] = factor
         coded = out.dtype == torch.uint8
         memory = self._memory(key, layout, out.device, owner=True, hold=hold) if coded else None
-        self.codec.reduce(wires, out, layout, self._tag(key), factor=factor, memory=memory)
+        tag = self._tag(key)
+        return self.codec.reduce(wires, out, layout, tag, factor=factor, memory=memory)
 
     def residual(self, name: str, numel: int, ranks: int, factor: float) -> torch.Tensor:
         """The fp32 residual of a tensor, flat, in memory of its own; zeros on first use.

@@ -276,7 +276,7 @@ class Policy:
             if scheme.algorithm.unsuited(info.numel, info.dtype):
                 return raw()
         elif scheme.codec.id != "fp32":
-            payload = scheme.codec.nbytes(Layout(sizes=(info.numel,), dtype=info.dtype))
+            payload = scheme.codec.expected(Layout(sizes=(info.numel,), dtype=info.dtype))
             if payload >= info.numel * info.dtype.itemsize:
                 return raw()
         return scheme.resolve(info.role)

@@ -66,6 +66,8 @@ class Native:
 
 MAX_SLICES = 1024
 """Each has two exchanges, and a message numbers its exchanges (lane.py)."""
+VARIABLE_SLICES = MAX_SLICES // 2
+"""The same where sizes travel before payloads."""
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,14 @@ class Scheme:
             _check_power_sgd(self.codec, self.feedback)
         if isinstance(self.algorithm, Thc):
             _check_thc(self.codec, self.feedback)
+        if isinstance(self.algorithm, Hierarchical | Ring):
+            inner = getattr(self.algorithm, "inner", None)
+            for part in (self.codec, inner or self.codec):
+                check_fixed_size(part, self.algorithm.id, "two_phase")
+        if isinstance(self.algorithm, TwoPhase) and (self.algorithm.slices or 0) > VARIABLE_SLICES:
+            for part in (self.codec, self.algorithm.back or self.codec):
+                what = f"slices={self.algorithm.slices}"
+                check_fixed_size(part, what, f"slices={VARIABLE_SLICES} or fewer")
 
     @classmethod
     def parse(cls, text: str) -> Scheme:
@@ -303,6 +313,19 @@ class Scheme:
         if isinstance(self.algorithm, PowerSGD):
             return Scheme(self.codec)
         return self if self.feedback == Plain() else replace(self, feedback=Plain())
+
+
+def check_fixed_size(codec: Codec, what: str, instead: str) -> None:
+    """Refuse a codec whose sizes depend on the data where they must be known before (ValueError).
+
+    instead: what takes it.
+    """
+    if not codec.fixed_size:
+        inner = str(codec).removesuffix("|entropy")
+        raise ValueError(
+            f"{codec}: {what} needs messages whose size is known before they are coded; use "
+            f"{inner}" + (f", or {instead}" if instead else "")
+        )
 
 
 def check_dtype(scheme: Scheme, dtype: torch.dtype) -> None:

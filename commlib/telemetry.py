@@ -31,7 +31,7 @@ import torch
 from tabulate import tabulate
 
 from commlib_kernels import reference
-from commlib_kernels.layout import Layout
+from commlib_kernels.layout import Layout, nbytes
 from commlib_kernels.tag import Tag
 
 from .collectives import thc
@@ -60,7 +60,7 @@ def typical_error(scheme: str) -> float:
     if isinstance(parsed.algorithm, Thc):
         return float((thc.approximated(x, parsed.algorithm.bits) - x).norm() / x.norm())
     layout = Layout(sizes=(x.numel(),))
-    wire = torch.zeros(codec.nbytes(layout), dtype=torch.uint8)
+    wire = torch.zeros(nbytes(layout, codec.format), dtype=torch.uint8)
     out = torch.empty_like(x)
     reference.quantize(codec.format, x, wire, layout, Tag())
     reference.dequantize(codec.format, wire, out, layout)

@@ -42,6 +42,7 @@ CPU_CODECS = [
     *("mxfp8", "mxfp8:block=96", "mxfp8:round=stochastic", "mxfp4", "mxfp4:block=4096"),
     *("rotate|int4", "rotate|int8:block=4096:round=stochastic", "rotate|int2", "rotate|sign"),
     *("rotate|eden4", "rotate|eden3:block=512", "rotate|eden2:block=128", "rotate|eden1"),
+    *("grid4", "grid2:block=96", "grid6:block=4096", "rotate|grid3:block=256"),
     *("rotate:seed=5|eden2:scale=unbiased", "rotate|nf4:block=2048", "rotate|fp8:block=256"),
     *("rotate|mxfp8:block=128:round=stochastic", "rotate|mxfp4:block=256"),
 ]
@@ -282,6 +283,14 @@ def cases_of_shape(fmt: Format) -> Iterator[Case]:
         residual = list(RESIDUALS)[index % 4]
         rates = ((1.0, 1.0, 1.0), (0.2, 0.9, 1.0), (1.0, 1.0, 0.5))[index % 3]
         yield Case(fmt, layout, "mixed", residual, rates, (0,) if index % 2 else ())
+
+
+SQUEEZED = [
+    *("fp32", "fp16", "fp8", "int8", "int5:block=64", "int4", "int3:block=96", "int2", "sign"),
+    *("ternary:block=tensor", "natural", "eden3", "nf4", "rotate|int4:round=stochastic"),
+    *("grid4", "rotate|grid6"),
+]
+"""Texts of inner codecs that reach every way of making symbols."""
 
 
 def encoded(c: Codec, x: torch.Tensor, t: Tag = Tag()) -> torch.Tensor:  # noqa: B008  (a value)

@@ -190,7 +190,8 @@ def test_a_loss_run_of_coded_momentum_begins_as_plain(
     assert coded[0].loss == pytest.approx(plain[0].loss, rel=1e-5)
     assert coded[1].loss == pytest.approx(plain[1].loss, rel=0.05)
     first, second = coded[0].sent, coded[1].sent
-    assert first is not None and second is not None
+    assert first is not None
+    assert second is not None
     assert second - first < 0.5 * first  # three plain steps, then three coded ones
 
 

@@ -4,6 +4,8 @@
 Int(bits=4, block=64, round=None)
 >>> codec("rotate|eden2")
 Rotated(inner=Eden(bits=2, block=1024, scale='fit'), seed=0)
+>>> codec("int4|entropy")
+Entropy(inner=Int(bits=4, block=128, round=None))
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +16,8 @@ from functools import partial
 from commlib.codecs.base import Codec, Round
 from commlib.codecs.cast import BF16, FP8, FP16, FP32
 from commlib.codecs.codebook import E2M1, E3M0, NF4, Eden
+from commlib.codecs.entropy import Entropy
+from commlib.codecs.grid import Grid
 from commlib.codecs.microscaling import MXFP4, MXFP8
 from commlib.codecs.rotation import Rotated
 from commlib.codecs.sign import Natural, Sign, Ternary
@@ -35,7 +39,18 @@ __all__ = [
     "Codec",
     "Eden",
 ]
-__all__ += ["Int", "Natural", "Rotated", "Round", "Sign", "Ternary", "codec"]
+__all__ += [
+    "BEHIND",
+    "Entropy",
+    "Grid",
+    "Int",
+    "Natural",
+    "Rotated",
+    "Round",
+    "Sign",
+    "Ternary",
+    "codec",
+]
 
 CODECS: dict[str, Callable[..., Codec]] = {
     "fp32": FP32,
@@ -53,20 +68,31 @@ CODECS: dict[str, Callable[..., Codec]] = {
     "e3m0": E3M0,
     "mxfp8": MXFP8,
     "mxfp4": MXFP4,
+    **{f"grid{bits}": partial(Grid, bits) for bits in range(6, 1, -1)},
 }
 """The name in scheme texts -> constructor, one line per codec."""
 
 STAGES: dict[str, Callable[..., Codec]] = {"rotate": Rotated}
 """What stands before a ``|``: it takes the codec behind it as its argument."""
 
+BEHIND: dict[str, Callable[..., Codec]] = {"entropy": Entropy}
+"""What stands last, behind a ``|``: it takes all before it."""
+
 
 def codec(text: str) -> Codec:
-    """The codec that a text names: ``{STAGE|}NAME[:option=value]*``, e.g. ``int4:block=64``.
+    """The codec that a text names: ``{STAGE|}NAME[:option=value]*{|STAGE}``, as ``int4:block=64``.
 
     Raises:
         ValueError: the name or an option is unknown, or a value is not allowed; says what is.
     """
+    before, bar, last = text.strip().rpartition("|")
+    begins = before.partition("|")[0].split(":")[0].strip()
+    if bar and (last.strip().split(":")[0] in BEHIND or begins in CODECS):
+        inner = codec(before)
+        return _made(last, {name: partial(make, inner) for name, make in BEHIND.items()}, "stage")
     front, bar, behind = text.strip().partition("|")
+    if bar and front.strip() in BEHIND:
+        raise ValueError(f"stage {front.strip()!r} stands last: write {behind}|{front.strip()}")
     if not bar:
         return _made(front, CODECS, "codec")
     inner = codec(behind)

@@ -25,6 +25,7 @@ class Codec(ABC):
     """How a tensor becomes bytes, and back."""
 
     fixed_size: ClassVar[bool] = True
+    """Whether the layout alone says how long a message is."""
     sum_dtype: ClassVar[torch.dtype | None] = None
     """The network itself may add payloads viewed as this dtype; None: it may not."""
 
@@ -76,8 +77,17 @@ class Codec(ABC):
         return self
 
     def nbytes(self, layout: Layout) -> int:
-        """Bytes of the wire for `layout`."""
+        """Bytes of the wire for `layout`; the most it takes where not `fixed_size`."""
         return kernels.nbytes(layout, self.format)
+
+    def expected(self, layout: Layout) -> int:
+        """Bytes that a message probably takes: `nbytes`, but where sizes depend on the data."""
+        return self.nbytes(layout)
+
+    def sizes(self, wire: torch.Tensor, layout: Layout) -> tuple[int, ...]:
+        """Bytes of each payload in `wire`, which lie one after the other."""
+        count = len(layout.payloads)
+        return (self.nbytes(layout) // count,) * count
 
     def encode(
         self,
@@ -116,15 +126,18 @@ class Codec(ABC):
         *,
         factor: float = 1.0,
         memory: Memory | None = None,
-    ) -> None:
+    ) -> int:
         """Sum all ranks' payloads of one chunk in rank order and fp32, times `factor`.
 
         Args:
             wires: payloads of rank 0 .. W-1 one after the other.
             out: a wire (coded again, with the owner's `memory`) or the dense chunk.
             layout: of the chunk, `Layout.only(rank)`.
+
+        Returns: the bytes used of `out`.
         """
         kernels.reduce(self.format, wires, out, layout, tag, factor=factor, memory=memory)
+        return out.nbytes
 
     def __str__(self) -> str:
         options = [

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from commlib.codecs.base import Codec, Round
 from commlib_kernels import Format
 
-ROTATED = ("uniform", "fp8", "fp4", "sign", "gauss", "table")
+ROTATED = ("uniform", "fp8", "fp4", "sign", "gauss", "grid", "table")
 MIN_BLOCK = 128
 
 
@@ -36,6 +36,11 @@ class Rotated(Codec):
 
     def __post_init__(self) -> None:
         inner = self.inner.format
+        if not self.inner.fixed_size:
+            raise ValueError(
+                f"rotate|({self.inner}): what is squeezed cannot be rotated; squeeze the rotation, "
+                f"as in rotate|int4|entropy"
+            )
         if inner.rotate is not None:
             raise ValueError(f"rotate|{self.inner}: already rotated; once is enough")
         if inner.kind not in ROTATED:

@@ -176,13 +176,22 @@ def message(
     )
 
 
+def fixed_sizes(scheme: Scheme) -> bool:
+    """Whether sizes of messages depend on nothing but their layouts."""
+    back = scheme.algorithm.back if isinstance(scheme.algorithm, TwoPhase) else None
+    return scheme.codec.fixed_size and (back or scheme.codec).fixed_size
+
+
 def scheme_wires(layout: Layout, scheme: Scheme, topology: Topology) -> tuple[int, int]:
-    """Bytes of one payload in the first and in the second exchange of `scheme`."""
+    """Bytes of one payload in the first and in the second exchange of `scheme`.
+
+    Those that are expected where sizes depend on the data.
+    """
     config = scheme.algorithm
     back = config.back if isinstance(config, TwoPhase) else None
     whole = message(layout, scheme.codec, topology.size, back)
-    first = scheme.codec.nbytes(whole) // topology.size
-    return first, first if back is None else back.nbytes(whole) // topology.size
+    first = scheme.codec.expected(whole) // topology.size
+    return first, first if back is None else back.expected(whole) // topology.size
 
 
 __all__ = [
@@ -195,6 +204,7 @@ __all__ = [
     "begin",
     "drive",
     "encode_parts",
+    "fixed_sizes",
     "message",
     "num_slices",
     "parts",

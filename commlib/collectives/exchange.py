@@ -14,6 +14,7 @@ from commlib_kernels.layout import Layout
 
 from ..feedback import Compressor, Key
 from ..traffic import Pending, Transport
+from . import variable
 from .base import Step, Steps, message, parts, span
 from .pool import Pool
 
@@ -31,6 +32,9 @@ def all_to_all(
         out.copy_(x)
         return
     codec, size = compressor.codec, transport.size
+    if not codec.fixed_size:
+        yield from variable.all_to_all(out, x, transport, compressor, key, pool)
+        return
     layout = message(Layout((x.numel() // size,), x.dtype), codec, size, stacked=True)
     compressor.advance(key)
     wire, got = pool.take(codec.nbytes(layout)), pool.take(codec.nbytes(layout))
@@ -106,6 +110,9 @@ def broadcast(
     if transport.size == 1:
         return
     codec = compressor.codec
+    if not codec.fixed_size:
+        yield from variable.broadcast(x, src, transport, compressor, key, pool)
+        return
     layouts = parts(codec, message(Layout((x.numel(),), x.dtype), codec, 1))
     compressor.advance(key)
     wires = [pool.take(codec.nbytes(part)) for part in layouts]

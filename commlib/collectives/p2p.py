@@ -37,6 +37,7 @@ from commlib_kernels.layout import Layout
 from .. import stamp
 from ..codecs.base import Codec
 from ..feedback import Compressor
+from ..scheme import check_fixed_size
 from ..traffic import Pending, Timeout, Transport, check_rank, check_tensor
 from .base import SLICE_BYTES, message, parts, span
 from .pool import Pool
@@ -65,6 +66,7 @@ class Cut(NamedTuple):
 @lru_cache(maxsize=4096)
 def slices(numel: int, dtype: torch.dtype, codec: Codec) -> Cut:
     """How `numel` elements are cut: about SLICE_BYTES of wire or more a slice, MAX_SLICES of it."""
+    check_fixed_size(codec, "a message from one rank to another", "")
     layout = message(Layout((numel,), dtype), codec, 1)
     count = max(1, min(MAX_SLICES, codec.nbytes(layout) // SLICE_BYTES))
     layouts = tuple(parts(codec, layout, count))

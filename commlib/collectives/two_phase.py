@@ -6,7 +6,8 @@
        all-gather: everybody gets the owners' W payloads and decodes them, the owner too
 
 Two quantizations whatever W is, and the same bits on every rank. Bytes a rank sends, with payloads
-of p and q bytes in the two exchanges: (W-1) p + (W-1) q.
+of p and q bytes in the two exchanges: (W-1) p + (W-1) q. Payloads whose size depends on the data go
+the same way by `variable`.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from ..feedback import Compressor, Key
 from ..scheme import Scheme
 from ..topology import Topology
 from ..traffic import Pending, Transport
+from . import variable
 from .base import (
     Exchange,
     Step,
     Steps,
     begin,
     encode_parts,
+    fixed_sizes,
     message,
     parts,
     reduced_key,
@@ -61,6 +64,10 @@ def all_reduce(
         return
     codec = compressor.codec
     second = back or compressor
+    if not (codec.fixed_size and second.codec.fixed_size):
+        how = (transport, compressor, key, layout, pool)
+        yield from variable.all_reduce(x, *how, factor=factor, hold=hold, back=back, slices=slices)
+        return
     layout = message(layout, codec, transport.size, back.codec if back else None)
     begin(compressor, key, back)
     owner = reduced_key(key)
@@ -151,6 +158,10 @@ def reduce_scatter(
             torch.mul(x[place], factor, out=out[place])
         return
     codec, rank = compressor.codec, transport.rank
+    if not codec.fixed_size:
+        how = (transport, compressor, key, layout, pool)
+        yield from variable.reduce_scatter(out, x, *how, factor=factor, slices=slices)
+        return
     layout = message(layout, codec, transport.size, stacked=True)
     begin(compressor, key)
     layouts = parts(codec, layout, slices)
@@ -200,6 +211,10 @@ def all_gather(
         out.copy_(x)
         return
     codec = compressor.codec
+    if not codec.fixed_size:
+        how = (transport, compressor, key, layout, pool)
+        yield from variable.all_gather(out, x, *how, slices=slices, add=add)
+        return
     one = message(layout, codec, 1)
     rows = message(layout, codec, transport.size, stacked=True)
     compressor.advance(key)
@@ -225,12 +240,17 @@ def all_gather(
 
 
 def wire_bytes(layout: Layout, scheme: Scheme, topology: Topology) -> int:
-    """Bytes a rank sends in `all_reduce`: (W-1) (p + q)."""
-    return (topology.size - 1) * sum(scheme_wires(layout, scheme, topology))
+    """Bytes a rank sends in `all_reduce`: (W-1) (p + q).
+
+    What it probably sends where sizes depend on the data: that of normal numbers, and the sizes.
+    """
+    sizes = 0 if fixed_sizes(scheme) else 2 * variable.WORD
+    return (topology.size - 1) * (sum(scheme_wires(layout, scheme, topology)) + sizes)
 
 
 def seconds(layout: Layout, scheme: Scheme, topology: Topology) -> float:
     """Two exchanges of W-1 payloads each, one latency per exchange."""
     if topology.size == 1:
         return 0.0
-    return topology.link.seconds(wire_bytes(layout, scheme, topology), messages=2)
+    messages = 2 if fixed_sizes(scheme) else 4
+    return topology.link.seconds(wire_bytes(layout, scheme, topology), messages=messages)

@@ -120,8 +120,7 @@ def speed(transport: Transport, text: str) -> Speed:
     wire = torch.zeros(codec.nbytes(layout), dtype=torch.uint8, device=device)
     back = torch.zeros(codec.nbytes(mine), dtype=torch.uint8, device=device)
     # any payloads will do as what the others sent: take my own chunk's, once per rank
-    codec.encode(x, back, mine, Tag())
-    wires = back.repeat(transport.size)
+    wires = back[: codec.encode(x, back, mine, Tag())].repeat(transport.size)
     key, owner = "x", owner_key("x")
     steps = (
         lambda: compressor.compress(key, x, wire, layout),
@@ -135,7 +134,7 @@ def speed(transport: Transport, text: str) -> Speed:
     seconds = [statistics.median(slowest[place::3]) for place in range(3)]
     nbytes = SPEED_NUMEL * FP32_BYTES
     encode, decode, reduce = (nbytes / max(s, 1e-9) for s in seconds)
-    return Speed(text, encode, decode, reduce, codec.nbytes(layout) / nbytes)
+    return Speed(text, encode, decode, reduce, codec.expected(layout) / nbytes)
 
 
 def exchange(transport: Transport, nbytes: int) -> Link:

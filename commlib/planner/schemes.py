@@ -228,7 +228,7 @@ def candidates(info: TensorInfo, schemes: Sequence[str]) -> tuple[str, ...]:
 
 def nbytes(info: TensorInfo, scheme: Scheme) -> int:
     """Bytes of the tensor's payload, a `Cost`."""
-    return scheme.codec.nbytes(Layout((info.numel,), info.dtype, align=scheme.codec.align))
+    return scheme.codec.expected(Layout((info.numel,), info.dtype, align=scheme.codec.align))
 
 
 def seconds(topology: Topology, speeds: Mapping[str, Speed]) -> Cost:

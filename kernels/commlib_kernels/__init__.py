@@ -6,7 +6,12 @@ Three ops, the same bytes from every backend (kernels/README.md states them)::
     dequantize(fmt, wire, out, layout, add=)                wire -> out, or added to it
     reduce(fmt, wires, out, layout, tag, factor=, memory=)  sum of all wires -> a wire or a tensor
 
-A backend is a module with these three functions and a `name`; `BACKENDS` lists them in the order in
+and two that code a wire losslessly in fewer bytes, and back (`squeezed`)::
+
+    squeeze(fmt, wire, out, layout) -> bytes used           every payload for itself
+    expand(fmt, data, wire, layout)                         data -> wire
+
+A backend is a module with these functions and a `name`; `BACKENDS` lists them in the order in
 which they are tried for a device. An op that a backend lacks is served by the next one.
 """
 
@@ -20,6 +25,7 @@ import torch
 from commlib_kernels.formats import Format
 from commlib_kernels.layout import Layout, nbytes, stride
 from commlib_kernels.memory import Memory
+from commlib_kernels.squeezed import bound, sizes
 from commlib_kernels.tag import Tag
 
 __all__ = [
@@ -31,10 +37,14 @@ __all__ = [
     "available",
     "backend_for",
     "dequantize",
+    "expand",
     "load",
     "nbytes",
     "quantize",
     "reduce",
+    "squeeze",
+    "squeezed_bound",
+    "squeezed_sizes",
     "stride",
 ]
 
@@ -156,6 +166,52 @@ def reduce(
     backend_for(out.device, "reduce").reduce(
         fmt, wires, out, layout, tag, factor=factor, memory=memory
     )
+
+
+def squeezed_bound(layout: Layout, fmt: Format) -> int:
+    """The most bytes that `squeeze` writes for a message."""
+    return bound(layout, fmt)
+
+
+def squeezed_sizes(data: torch.Tensor, count: int | None = None) -> tuple[int, ...]:
+    """Bytes of each of `count` squeezed payloads in `data`, one after the other; None: of all.
+
+    Raises:
+        RuntimeError: a header is cut off or says what cannot be.
+    """
+    return sizes(data.numpy(), count)
+
+
+def squeeze(fmt: Format, wire: torch.Tensor, out: torch.Tensor, layout: Layout) -> int:
+    """Code the payloads of a wire losslessly, each for itself; returns the bytes used.
+
+    Args:
+        wire: uint8, `nbytes(layout, fmt)` bytes; its padding does not travel.
+        out: uint8, `squeezed_bound(layout, fmt)` bytes; payloads lie in it without gaps.
+    """
+    _check_wire("wire", wire, nbytes(layout, fmt))
+    _check_wire("out", out, bound(layout, fmt))
+    used: int = backend_for(wire.device, "squeeze").squeeze(fmt, wire, out, layout)
+    return used
+
+
+def expand(fmt: Format, data: torch.Tensor, wire: torch.Tensor, layout: Layout) -> None:
+    """The inverse of `squeeze`: payloads in `data`, without gaps, back to `wire`.
+
+    Args:
+        data: uint8, at least as long as its payloads.
+        wire: uint8, `nbytes(layout, fmt)` bytes, or any number of payloads of one chunk.
+
+    Raises:
+        RuntimeError: the bytes are not what `squeeze` wrote for this layout and format.
+    """
+    size = stride(layout, fmt)
+    if layout.chunk is None or not size or wire.numel() % size:
+        _check_wire("wire", wire, nbytes(layout, fmt))
+    else:
+        _check_wire("wire", wire, wire.numel())
+    _check_wire("data", data, data.numel())
+    backend_for(data.device, "expand").expand(fmt, data, wire, layout)
 
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)

@@ -13,6 +13,7 @@ fp4      e2m1 (no infinities, no NaN)                       e8m0                
 sign     1 if negative                                      mean of |v|            +-scale
 natural  sign and exponent (9 bits)                         none                   +-2^e
 gauss    number of its value in a table of 2^bits, +- alike fit, unbiased          table * scale
+grid     rint(v / rms / step), at most +-levels, 8 bits     fit                    code * scale
 table    the same, of any 16 values                         absmax                 table * scale
 ======== ================================================= ====================== ===========
 
@@ -27,7 +28,9 @@ from typing import Literal
 
 from commlib_kernels.tables import TABLES
 
-Kind = Literal["raw", "fp16", "bf16", "uniform", "fp8", "fp4", "sign", "natural", "gauss", "table"]
+Kind = Literal[
+    "raw", "fp16", "bf16", "uniform", "fp8", "fp4", "sign", "natural", "gauss", "grid", "table"
+]
 ScaleRule = Literal["none", "absmax", "l2", "mean", "fit", "unbiased", "e8m0", "e8m0_up"]
 
 PLANES = (8, 4, 2, 1)
@@ -53,13 +56,16 @@ class Format:
     stochastic: bool = False
     table: str = ""
     """Of the kinds gauss and table: its name in `tables.TABLES`."""
+    step: float = 0.0
+    """Of the kind grid: from one code to the next, in root mean squares of the block."""
     rotate: int | None = None
     """Seed of the signs of the rotation; None: there is none."""
 
     @property
     def on_cuda(self) -> bool:
-        """Whether there are CUDA kernels for it: none yet for tables, rotations, microscaling."""
-        return not self.table and self.rotate is None and not self.power_scale
+        """Whether there are CUDA kernels for it: none yet for tables, grids, rotations, e8m0."""
+        plain = not self.table and self.kind != "grid" and not self.power_scale
+        return plain and self.rotate is None
 
     @property
     def power_scale(self) -> bool:

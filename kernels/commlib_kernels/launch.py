@@ -87,6 +87,7 @@ def check(fmt: Format) -> None:
     if not fmt.on_cuda:
         what = "codebooks (eden1 to eden4, nf4, e2m1, e3m0)" if fmt.table else "rotations (rotate|)"
         what = "microscaling formats (mxfp8, mxfp4)" if fmt.power_scale else what
+        what = "grids (grid2 to grid6)" if fmt.kind == "grid" else what
         raise ValueError(
             f"there are no CUDA kernels for {what} yet: take int2 to int8, fp8 or sign on GPUs"
         )

@@ -39,6 +39,8 @@ CODECS = (
     "eden2:block=32",
     "rotate|int4",
     "rotate|eden2:block=128",
+    "int4|entropy",
+    "rotate|grid3:block=128|entropy",
 )
 # The host of each rank, for the algorithm that knows hosts: uneven ones, and ranks that alternate.
 HOSTS = {1: "a", 2: "ab", 3: "aab", 4: "abab", 7: "aabcbcb"}
@@ -46,6 +48,7 @@ HOSTS = {1: "a", 2: "ab", 3: "aab", 4: "abab", 7: "aabcbcb"}
 STEP = {
     "fp32": 0.0, "bf16": 2**-8, "fp16": 2**-11, "fp8": 2**-4, "int8": 0.5 / 127,
     "int5:block=32": 0.5 / 15, "int4:round=stochastic": 1 / 7, "int3": 0.5 / 3, "int2": 0.5,
+    "int4|entropy": 0.5 / 7,
 }  # fmt: skip
 
 
@@ -92,6 +95,10 @@ def test_ranks_end_equal_and_near_the_sum(name: str, text: str, size: int) -> No
     if name == "native" and codec(text).sum_dtype is None:
         with pytest.raises(ValueError, match="native"):
             Scheme.parse(f"{text}@native")
+        return
+    if name in ("ring", "hierarchical") and not codec(text).fixed_size:
+        with pytest.raises(ValueError, match=f"{name} needs messages whose size is known"):
+            Scheme.parse(f"{text}@{name}")
         return
     xs = inputs(size, 3001)
     outs, _ = reduce(name, text, xs, Layout((3001,)), factor=0.5)

@@ -23,8 +23,10 @@ from commlib_kernels.layout import Layout
 
 SIZES = (1, 2, 3, 7)
 CODECS = ("fp32", "bf16", "int8", "int4:round=stochastic", "sign:block=tensor")
+CODECS += ("int8|entropy", "fp32|entropy")
 # largest error as a fraction of the largest value
 STEP = {"fp32": 0.0, "bf16": 2**-8, "int8": 0.5 / 127, "int4:round=stochastic": 1 / 7}
+STEP |= {"int8|entropy": 0.5 / 127, "fp32|entropy": 0.0}
 
 
 def data(size: int, numel: int) -> list[torch.Tensor]:

@@ -4,6 +4,7 @@ A golden file that changes is a new wire version: ranks of different versions no
 each other. So existing files are never overwritten without ``--force``.
 
 Each file is: wire of step 0 | wire of step 1 with feedback | reduced wire | residual | decoded
+Of a squeezed codec: bytes used (8) | the squeezed wire of a message of two payloads
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from types import ModuleType
 import torch
 
 from commlib.codecs import codec
-from commlib_kernels import Format, Layout, Memory, Tag, nbytes
+from commlib_kernels import Format, Layout, Memory, Tag, nbytes, reference, squeezed_bound
 from commlib_kernels.layout import blocks
 
 HERE = Path(__file__).parent
@@ -31,9 +32,14 @@ GOLDEN = {
     "sign": ["sign", "sign:block=tensor", "ternary", "natural", "natural:round=nearest"],
     "codebook": ["eden4", "eden3:block=64", "eden2:scale=unbiased", "eden1", "nf4", "e2m1", "e3m0"],
     "microscaling": ["mxfp8", "mxfp8:round=stochastic", "mxfp4", "mxfp4:block=64"],
+    "grid": ["grid6", "grid5", "grid4:block=256", "grid3:block=128", "grid2"],
     "rotation": ["rotate|int4", "rotate:seed=5|eden2:block=128", "rotate|eden4:block=256"],
 }
 """Module in commlib/codecs -> texts."""
+SQUEEZED = [f"{text}|entropy" for text in ("int4", "int3", "fp8", "fp32", "bf16", "rotate|grid4")]
+"""Texts of commlib/codecs/entropy.py."""
+TABLE = [(method, text) for method, texts in GOLDEN.items() for text in texts]
+TABLE += [("entropy", text) for text in SQUEEZED]
 
 
 def path(method: str, text: str) -> Path:
@@ -78,23 +84,39 @@ def contents(backend: ModuleType, fmt: Format) -> bytes:
     return b"".join(part.numpy().tobytes() for part in parts)
 
 
+def squeezed(backend: ModuleType, fmt: Format) -> bytes:
+    """What a backend squeezes for normal numbers, which are the same on any machine."""
+    sizes = (4000, 33, 300)
+    layout = Layout(sizes, ranks=2, exact=EXACT, align=fmt.align)
+    i = torch.arange(12 * layout.extent, dtype=torch.int64)
+    mixed = ((i * 2654435761) % (1 << 32) >> 8).double() * 2.0**-24
+    x = (mixed.view(12, -1).sum(0) - 6).float()  # exact: the sum has no order
+    wire = torch.zeros(nbytes(layout, fmt), dtype=torch.uint8)
+    reference.quantize(fmt, x, wire, layout, Tag(7, (21, 22, 23), 0, 0))
+    out = torch.zeros(squeezed_bound(layout, fmt), dtype=torch.uint8)
+    used: int = backend.squeeze(fmt, wire, out, layout)
+    return used.to_bytes(8, "little") + out[:used].numpy().tobytes()
+
+
+def made(backend: ModuleType, method: str, text: str) -> bytes:
+    """What the file of a codec holds."""
+    return (squeezed if method == "entropy" else contents)(backend, codec(text).format)
+
+
 def main() -> None:
     """Write the files that do not exist; with --force all."""
-    from commlib_kernels import reference
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--force", action="store_true", help="overwrite: a new wire version")
     force = parser.parse_args().force
-    for method, texts in GOLDEN.items():
-        for text in texts:
-            file, found = path(method, text), contents(reference, codec(text).format)
-            if file.exists() and not force and file.read_bytes() != found:
-                raise SystemExit(
-                    f"{file} holds other bytes; a change of bytes is a new wire version: "
-                    "say so in CHANGELOG.md and run again with --force"
-                )
-            file.parent.mkdir(exist_ok=True)
-            file.write_bytes(found)
+    for method, text in TABLE:
+        file, found = path(method, text), made(reference, method, text)
+        if file.exists() and not force and file.read_bytes() != found:
+            raise SystemExit(
+                f"{file} holds other bytes; a change of bytes is a new wire version: "
+                "say so in CHANGELOG.md and run again with --force"
+            )
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(found)
 
 
 if __name__ == "__main__":

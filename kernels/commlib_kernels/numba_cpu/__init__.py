@@ -10,19 +10,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from commlib_kernels import raw
+from commlib_kernels import raw, squeezed
 from commlib_kernels.formats import Format
 from commlib_kernels.layout import Layout, stride, table
 from commlib_kernels.memory import Memory
-from commlib_kernels.numba_cpu import gauss, kernels, strips, tables
+from commlib_kernels.numba_cpu import entropy, gauss, grid, kernels, strips, tables
 from commlib_kernels.numba_cpu.jit import cache_dir
 from commlib_kernels.numba_cpu.ops import ops, scratch
 from commlib_kernels.philox import seed_word, signs
 from commlib_kernels.tag import Tag
 
-__all__ = ["cache_dir", "dequantize", "name", "quantize", "reduce", "warmup"]
+__all__ = ["cache_dir", "dequantize", "expand", "name", "quantize", "reduce", "squeeze", "warmup"]
 
 name = "numba_cpu"
+warmup_squeeze = entropy.warmup
 
 Array = npt.NDArray[Any]
 
@@ -104,6 +105,16 @@ def reduce(
     call.run(ops(fmt).reduce)
 
 
+def squeeze(fmt: Format, wire: torch.Tensor, out: torch.Tensor, layout: Layout) -> int:
+    """Code the payloads of `wire` losslessly into `out`; the bytes used."""
+    return squeezed.squeeze(entropy, fmt, wire.numpy(), out.numpy(), layout)
+
+
+def expand(fmt: Format, data: torch.Tensor, wire: torch.Tensor, layout: Layout) -> None:
+    """The inverse of `squeeze`."""
+    squeezed.expand(entropy, fmt, data.numpy(), wire.numpy(), layout)
+
+
 class _Call:
     """The arguments of one kernel call; keeps alive what they point to."""
 
@@ -126,6 +137,8 @@ class _Call:
         if fmt.table:
             numbers = (gauss if fmt.kind == "gauss" else tables).numbers(fmt.table)
             self.a[kernels.TABLE] = numbers.ctypes.data
+        elif fmt.kind == "grid":
+            self.a[kernels.TABLE] = grid.numbers(fmt.step, fmt.levels).ctypes.data
         self.f[kernels.LEVELS] = fmt.top
 
     def code(self, layout: Layout, tag: Tag, memory: Memory | None) -> None:

@@ -108,9 +108,11 @@ def products(v, o, n, h, inv, table, x, y, q):
             q[o + h + i] = code(w, k, half)
 
 
-@loop
 def fit(v, nb, width, n, huge, unbiased, table, x, y, s, q):
-    """Code every block and find the scale that suits its codes; x and y are scratch."""
+    """Code every block and find the scale that suits its codes; x and y are scratch.
+
+    A template, with the `products` and the `padding` of a kind (`ops.py`).
+    """
     for b in range(nb):
         o = b * width
         last = min(width, n - o)
@@ -127,7 +129,7 @@ def fit(v, nb, width, n, huge, unbiased, table, x, y, s, q):
             inv = f32(1) / rms * down
             products(v, o, last, h, inv, table, x, y, q)
             for i in range(o + last, o + width):
-                q[i] = code(f32(0), i32(0), i32(table[HALF]))  # padding
+                q[i] = padding(table)
             along, across = halves(x, h), halves(y, h)
             ratio = f32(last) / along if unbiased else along / across
             scale = bf16_nearest(rms * ratio * floats((m >> u32(23)) << u32(23)))
@@ -135,6 +137,12 @@ def fit(v, nb, width, n, huge, unbiased, table, x, y, s, q):
         if not is_coded(s[b]):
             for i in range(width):
                 q[o + i] = u8(0)
+
+
+@inlined
+def padding(table):
+    """The code of 0."""
+    return code(f32(0), i32(0), i32(table[HALF]))
 
 
 @loop

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from commlib_kernels.formats import Format, Kind
-from commlib_kernels.numba_cpu import coders, fp4, gauss, kernels, tables
+from commlib_kernels.numba_cpu import coders, fp4, gauss, grid, kernels, tables
 from commlib_kernels.numba_cpu.jit import entry, inlined, specialise
 from commlib_kernels.numba_cpu.strips import LANES, MAX_BLOCK, STRIP
 
@@ -40,7 +40,14 @@ def scratch() -> list[int]:
     return _local.addresses
 
 
-CODERS = coders.CODERS | {"fp4": fp4.CODER, "gauss": gauss.CODER, "table": tables.CODER}
+CODERS = coders.CODERS | {
+    "fp4": fp4.CODER,
+    "gauss": gauss.CODER,
+    "grid": grid.CODER,
+    "table": tables.CODER,
+}
+FITTED = {"gauss": gauss, "grid": grid}
+"""Kinds whose scale suits their codes, and the modules with their `products` and `padding`."""
 
 _making = threading.Lock()
 
@@ -57,7 +64,10 @@ def ops(fmt: Format) -> Ops:
 
 @cache
 def _made(kind: Kind) -> Ops:
-    coder = CODERS[kind]
+    coder, fit = CODERS[kind], gauss.no_fit
+    if kind in FITTED:
+        own = {"products": FITTED[kind].products, "padding": FITTED[kind].padding}
+        fit = specialise(gauss.fit, kind, own)
     bound: dict[str, Any] = {
         "code": coder.code,
         "pack": coder.pack,
@@ -66,9 +76,9 @@ def _made(kind: Kind) -> Ops:
         "constants": coder.constants,
         "Q": coder.codes,
         "QUICK": kind == "uniform",
-        "FIT": kind == "gauss",
+        "FIT": kind in FITTED,
         "TABLED": kind in ("gauss", "table"),
-        "fit": gauss.fit if kind == "gauss" else gauss.no_fit,
+        "fit": fit,
     }
     parts: tuple[Callable[..., Any], ...] = (kernels.spread, kernels.accumulate, kernels.renew)
     for part in parts:

@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from commlib_kernels import squeezed
 from commlib_kernels.formats import Format
 from commlib_kernels.layout import Layout, Piece, pieces, stride
 from commlib_kernels.memory import Memory
 from commlib_kernels.philox import lanes
-from commlib_kernels.reference import blocks, elements, rotation
+from commlib_kernels.reference import blocks, elements, entropy, rotation
 from commlib_kernels.reference.elements import F32, Floats
 from commlib_kernels.tag import Tag
 
@@ -97,6 +98,16 @@ def reduce(
             elements.store(chunk, total(p))
             elements.raw(out)[p.code : p.code + p.numel * chunk.itemsize] = elements.raw(chunk)
     _emit(fmt, total, elements.raw(out), rows, tag, memory)
+
+
+def squeeze(fmt: Format, wire: torch.Tensor, out: torch.Tensor, layout: Layout) -> int:
+    """Code the payloads of `wire` losslessly into `out`; the bytes used."""
+    return squeezed.squeeze(entropy, fmt, elements.raw(wire), elements.raw(out), layout)
+
+
+def expand(fmt: Format, data: torch.Tensor, wire: torch.Tensor, layout: Layout) -> None:
+    """The inverse of `squeeze`."""
+    squeezed.expand(entropy, fmt, elements.raw(data), elements.raw(wire), layout)
 
 
 def _emit(

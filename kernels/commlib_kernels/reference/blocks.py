@@ -126,6 +126,13 @@ def table_codes(fmt: Format, z: Floats) -> Codes:
     return codes
 
 
+def grid_codes(fmt: Format, z: Floats) -> Codes:
+    """Multiples of the step nearest to z, ties to even."""
+    y = np.rint(z * (F32(1) / F32(fmt.step)))
+    codes: Codes = np.clip(y, -fmt.levels, fmt.levels).astype(np.int32)
+    return codes
+
+
 def _fitted(fmt: Format, v: Floats, m: np.uint32) -> np.uint32:
     """bf16 bits of the scale that suits the codes of ``z = v / rms`` best.
 
@@ -133,7 +140,10 @@ def _fitted(fmt: Format, v: Floats, m: np.uint32) -> np.uint32:
     """
     inv, rms = normal(v, m)
     z = v * inv
-    c = np.array(fmt.values, F32)[table_codes(fmt, z)]
+    if fmt.kind == "grid":
+        c = grid_codes(fmt, z).astype(F32)
+    else:
+        c = np.array(fmt.values, F32)[table_codes(fmt, z)]
     along = half_sum(c * z)
     ratio = along / half_sum(c * c) if fmt.scale == "fit" else F32(v.size) / along
     up = (m >> 23 << np.uint32(23)).astype(np.uint32).view(F32)
@@ -179,6 +189,8 @@ def code(
         codes = _e2m1(v * inv[:, None])
     elif fmt.table:
         codes = table_codes(fmt, v * inv[:, None])
+    elif fmt.kind == "grid":
+        codes = grid_codes(fmt, v * inv[:, None])
     else:
         y = v * inv[:, None]
         y = np.rint(y) if random is None else np.floor(y + _uniform(random))
@@ -279,7 +291,7 @@ def pack(fmt: Format, codes: Codes) -> npt.NDArray[np.uint8]:
 
 
 def unpack(fmt: Format, data: npt.NDArray[np.uint8], n: int) -> Codes:
-    """Bytes to codes, (blocks, n); uniform codes are sign-extended."""
+    """Bytes to codes, (blocks, n); uniform codes and those of grids are sign-extended."""
     blocks = data.shape[0]
     if fmt.kind in ("fp16", "bf16"):
         return np.ascontiguousarray(data).view("<u2").astype(np.int32).reshape(blocks, n)
@@ -291,7 +303,7 @@ def unpack(fmt: Format, data: npt.NDArray[np.uint8], n: int) -> Codes:
         digits = [(plane >> (j * width)) & ((1 << width) - 1) for j in range(8 // width)]
         codes |= np.concatenate(digits, axis=1) << shift
         start, shift = start + size, shift + width
-    if fmt.kind == "uniform":
+    if fmt.kind in ("uniform", "grid"):
         half = 1 << (fmt.bits - 1)
         codes = (codes ^ half) - half
     return codes
