@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .codecs import Codec, Round, codec
+from .codecs import Codec, RandK, Round, codec
 from .feedback import ErrorFeedback, Feedback, Plain, feedback
 
 # What codecs take. Everything else travels raw.
@@ -194,10 +194,12 @@ class Scheme:
         if isinstance(self.algorithm, Native) and self.codec.sum_dtype is None:
             raise ValueError(
                 f"{self.codec}@native: the network cannot add {self.codec.id} payloads; "
-                "native takes fp32, fp16 and bf16, the others take two_phase or ring"
+                "native takes fp32, fp16, bf16 and randk of these, the others take two_phase or "
+                "ring"
             )
         if isinstance(self.algorithm, PowerSGD):
             _check_power_sgd(self.codec, self.feedback)
+        _check_choices(self.codec, self.algorithm)
 
     @classmethod
     def parse(cls, text: str) -> Scheme:
@@ -303,7 +305,7 @@ def _check_slices(config: TwoPhase | Hierarchical) -> None:
 
 
 def _check_power_sgd(codec: Codec, feedback: Feedback) -> None:
-    if codec.sum_dtype is None:
+    if codec.sum_dtype is None or codec.format.sparse is not None:
         raise ValueError(
             f"{codec}@power_sgd: the codec is that of the factors, which are made orthogonal and "
             "multiplied; power_sgd takes fp32, fp16 and bf16"
@@ -313,6 +315,18 @@ def _check_power_sgd(codec: Codec, feedback: Feedback) -> None:
             f"{codec}+{feedback}@power_sgd: the residual is all that the factors leave of a "
             f"matrix, in fp32; power_sgd takes {codec}+ef without options, or {codec} alone"
         )
+
+
+def _check_choices(codec: Codec, config: AlgorithmConfig) -> None:
+    """Refuse random choices that would meet others: where values are scaled, once too often."""
+    others = (getattr(config, name, None) for name in ("back", "inner"))
+    for other in (c for c in (codec, *others) if isinstance(c, RandK)):
+        twice = isinstance(config, Ring) or (other is not codec and isinstance(codec, RandK))
+        if twice:
+            raise ValueError(
+                f"{codec}@{config}: {other.id} would choose again from what was chosen, and scale "
+                f"it again; take {codec} with two_phase, native or hierarchical and no other randk"
+            )
 
 
 def _default_algorithm(codec: Codec) -> AlgorithmConfig:

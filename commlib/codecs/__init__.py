@@ -6,6 +6,7 @@ Int(bits=4, block=64, round=None)
 Rotated(inner=Eden(bits=2, block=1024, scale='fit'), seed=0)
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
@@ -16,6 +17,7 @@ from commlib.codecs.cast import BF16, FP8, FP16, FP32
 from commlib.codecs.codebook import E2M1, E3M0, NF4, Eden
 from commlib.codecs.rotation import Rotated
 from commlib.codecs.sign import Natural, Sign, Ternary
+from commlib.codecs.sparse import RandK, TopK
 from commlib.codecs.uniform import QSGD, Int
 
 __all__ = [
@@ -32,7 +34,7 @@ __all__ = [
     "Codec",
     "Eden",
 ]
-__all__ += ["Int", "Natural", "Rotated", "Round", "Sign", "Ternary", "codec"]
+__all__ += ["Int", "Natural", "RandK", "Rotated", "Round", "Sign", "Ternary", "TopK", "codec"]
 
 CODECS: dict[str, Callable[..., Codec]] = {
     "fp32": FP32,
@@ -51,7 +53,11 @@ CODECS: dict[str, Callable[..., Codec]] = {
 }
 """The name in scheme texts -> constructor, one line per codec."""
 
-STAGES: dict[str, Callable[..., Codec]] = {"rotate": Rotated}
+STAGES: dict[str, Callable[..., Codec]] = {
+    "rotate": Rotated,
+    "topk": TopK,
+    "randk": RandK,
+}
 """What stands before a ``|``: it takes the codec behind it as its argument."""
 
 
@@ -62,6 +68,8 @@ def codec(text: str) -> Codec:
         ValueError: the name or an option is unknown, or a value is not allowed; says what is.
     """
     front, bar, behind = text.strip().partition("|")
+    if not bar and (name := front.partition(":")[0]) in STAGES:
+        raise ValueError(f"{name} stands before a codec: write for example {front}|int8")
     if not bar:
         return _made(front, CODECS, "codec")
     inner = codec(behind)
@@ -81,8 +89,14 @@ def _made(text: str, table: Mapping[str, Callable[..., Codec]], what: str) -> Co
             raise ValueError(
                 f"{what} {name!r}: option {option!r} is not known{_hint(key, allowed)}"
             )
-        values[key] = int(value) if value.lstrip("-").isdigit() else value
+        values[key] = _value(value)
     return table[name](**values)
+
+
+def _value(text: str) -> int | float | str:
+    if text.lstrip("-").isdigit():
+        return int(text)
+    return float(text) if re.fullmatch(r"-?\d*\.?\d+(e-?\d+)?", text) else text
 
 
 def _hint(got: str, allowed: Iterable[str]) -> str:

@@ -60,8 +60,8 @@ class Codec(ABC):
 
     @property
     def sliceable(self) -> bool:
-        """Whether a message may be cut into slices: not with one scale per tensor."""
-        return not self.format.per_segment
+        """Whether a message may be cut into slices: not with a scale per tensor, nor if sparse."""
+        return self.format.sliceable
 
     @property
     def bits_per_element(self) -> float:
@@ -78,6 +78,11 @@ class Codec(ABC):
     def nbytes(self, layout: Layout) -> int:
         """Bytes of the wire for `layout`."""
         return kernels.nbytes(layout, self.format)
+
+    def not_added(self, layout: Layout) -> tuple[slice, ...]:
+        """Bytes of a wire that a network which adds payloads must leave: alike on all ranks."""
+        del layout
+        return ()
 
     def encode(
         self,

@@ -86,6 +86,8 @@ def check(fmt: Format) -> None:
     """Refuse a format without CUDA kernels. Backends ask in `warmup`: before ranks meet."""
     if not fmt.on_cuda:
         what = "codebooks (eden1 to eden4, nf4, e2m1, e3m0)" if fmt.table else "rotations (rotate|)"
+        if fmt.sparse is not None:
+            what = f"sparse formats ({fmt.sparse.rule}|)"
         raise ValueError(
             f"there are no CUDA kernels for {what} yet: take int2 to int8, fp8 or sign on GPUs"
         )

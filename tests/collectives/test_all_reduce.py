@@ -39,6 +39,8 @@ CODECS = (
     "eden2:block=32",
     "rotate|int4",
     "rotate|eden2:block=128",
+    "topk:density=0.1|int8",
+    "randk:density=0.2|bf16",
 )
 # The host of each rank, for the algorithm that knows hosts: uneven ones, and ranks that alternate.
 HOSTS = {1: "a", 2: "ab", 3: "aab", 4: "abab", 7: "aabcbcb"}

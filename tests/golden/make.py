@@ -31,6 +31,10 @@ GOLDEN = {
     "sign": ["sign", "sign:block=tensor", "ternary", "natural", "natural:round=nearest"],
     "codebook": ["eden4", "eden3:block=64", "eden2:scale=unbiased", "eden1", "nf4", "e2m1", "e3m0"],
     "rotation": ["rotate|int4", "rotate:seed=5|eden2:block=128", "rotate|eden4:block=256"],
+    "sparse": [
+        *("topk:density=0.1|bf16", "topk:density=0.25:block=64|int8", "topk:density=0.5|fp32"),
+        *("randk:density=0.1|bf16", "randk:density=0.2:block=64:scale=unbiased|fp16"),
+    ],
 }
 """Module in commlib/codecs -> texts."""
 
