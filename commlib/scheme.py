@@ -199,7 +199,8 @@ class Scheme:
             )
         if isinstance(self.algorithm, PowerSGD):
             _check_power_sgd(self.codec, self.feedback)
-        _check_choices(self.codec, self.algorithm)
+        if isinstance(self.codec, RandK):
+            _check_choices(self.codec, self.algorithm)
 
     @classmethod
     def parse(cls, text: str) -> Scheme:
@@ -317,16 +318,14 @@ def _check_power_sgd(codec: Codec, feedback: Feedback) -> None:
         )
 
 
-def _check_choices(codec: Codec, config: AlgorithmConfig) -> None:
-    """Refuse random choices that would meet others: where values are scaled, once too often."""
-    others = (getattr(config, name, None) for name in ("back", "inner"))
-    for other in (c for c in (codec, *others) if isinstance(c, RandK)):
-        twice = isinstance(config, Ring) or (other is not codec and isinstance(codec, RandK))
-        if twice:
-            raise ValueError(
-                f"{codec}@{config}: {other.id} would choose again from what was chosen, and scale "
-                f"it again; take {codec} with two_phase, native or hierarchical and no other randk"
-            )
+def _check_choices(codec: RandK, config: AlgorithmConfig | None) -> None:
+    """Refuse what would choose again from what was chosen, and scale it once too often."""
+    second = [getattr(config, name, None) for name in ("back", "inner")]
+    if isinstance(config, Ring) or any(isinstance(c, RandK) for c in second):
+        raise ValueError(
+            f"{codec}@{config}: what was chosen at random would be scaled, and chosen again; take "
+            "two_phase, native or hierarchical, with no other randk"
+        )
 
 
 def _default_algorithm(codec: Codec) -> AlgorithmConfig:

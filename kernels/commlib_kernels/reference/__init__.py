@@ -155,7 +155,8 @@ def _emit_sparse(
             data = values.astype("<f4").view(np.uint8)
             out[c.values.code : c.values.code + data.size] = data
         else:
-            _emit(fmt.values_format, lambda _, values=values: values, out, (c.values,), tag, None)
+            source_of = {c.values: values}.__getitem__
+            _emit(fmt.values_format, source_of, out, (c.values,), tag, None)
         _, decoded = _decode_sparse(fmt, out, c)
         if memory is None or h is None or not np.isfinite(decoded).all():
             continue
