@@ -77,11 +77,15 @@ DIGITS = (
     Expected("fp32+ef@power_sgd", 0.0266, "<= 1.1"),
     Expected("fp32+ef@power_sgd:rank=2", 0.0264, "<= 1.1"),
     Expected("fp32+ef@power_sgd:rank=4", 0.0286, "<= 1.1"),
+    Expected("topk|fp32+ef", 0.0274, "<= 1.1"),
+    Expected("topk|int8+ef", None, "<= 1.1"),
+    Expected("topk|fp32", 0.165, ">= 1.8"),
     Expected("int4:round=stochastic", 0.0307),
     Expected("ternary:block=tensor", 0.0275),
     Expected("natural", 0.0311),
     Expected("fp32", 0.0277, skewed=True),
     Expected("sign+ef", 0.0287, skewed=True),
+    Expected("topk|fp32+ef", 0.0315, skewed=True),
     Expected("sign", 1.54, ">= 10", skewed=True),
 )
 REFUSED = ("ternary+ef", "int2:round=stochastic+ef")

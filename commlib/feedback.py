@@ -75,7 +75,7 @@ class Compressor:
         self.feedback.check(self.codec)
         self._residuals: dict[str, _Arena] = {}  # views into the arenas, or loaded state
         self._arenas: dict[tuple[tuple[str, ...], tuple[int, ...], int], _Arena] = {}
-        self._counters = counters(self.device, stochastic=self.codec.format.stochastic)
+        self._counters = counters(self.device, stochastic=self.codec.format.draws)
         self._memories: dict[tuple[str, str], torch.Tensor] = {}
         self._starts: dict[tuple[str, str], Start] = {}
         self._streams: dict[Key, tuple[int, ...]] = {}

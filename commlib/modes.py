@@ -236,6 +236,11 @@ def check_difference(memory: Delta | Reuse, codec: Codec, numel: int | None = No
         ValueError: with the numbers and what to do.
     """
     gamma = codec.gamma(numel)
+    if codec.format.sparse is not None and codec.format.sparse.scaled and gamma >= 1:
+        raise ValueError(
+            f"{codec}+{memory} diverges: the difference to the reference grows where values that "
+            f"were chosen at random are sent {gamma + 1:.3g} times too large; use scale=none"
+        )
     if codec.format.scale == "l2" and RUNAWAY <= gamma < math.inf:
         raise ValueError(
             f"{codec}+{memory} diverges: the difference to the reference grows with every visit "

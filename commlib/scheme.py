@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .codecs import Codec, Round, codec
+from .codecs import Codec, RandK, Round, codec
 from .feedback import ErrorFeedback, Feedback, Plain, feedback
 
 # What codecs take. Everything else travels raw.
@@ -230,7 +230,8 @@ class Scheme:
         if isinstance(self.algorithm, Native) and self.codec.sum_dtype is None:
             raise ValueError(
                 f"{self.codec}@native: the network cannot add {self.codec.id} payloads; "
-                "native takes fp32, fp16 and bf16, the others take two_phase or ring"
+                "native takes fp32, fp16, bf16 and randk of these, the others take two_phase or "
+                "ring"
             )
         if isinstance(self.algorithm, PowerSGD):
             _check_power_sgd(self.codec, self.feedback)
@@ -244,6 +245,8 @@ class Scheme:
             for part in (self.codec, self.algorithm.back or self.codec):
                 what = f"slices={self.algorithm.slices}"
                 check_fixed_size(part, what, f"slices={VARIABLE_SLICES} or fewer")
+        if isinstance(self.codec, RandK):
+            _check_choices(self.codec, self.algorithm)
 
     @classmethod
     def parse(cls, text: str) -> Scheme:
@@ -363,7 +366,7 @@ def _check_slices(config: TwoPhase | Hierarchical) -> None:
 
 
 def _check_power_sgd(codec: Codec, feedback: Feedback) -> None:
-    if codec.sum_dtype is None:
+    if codec.sum_dtype is None or codec.format.sparse is not None:
         raise ValueError(
             f"{codec}@power_sgd: the codec is that of the factors, which are made orthogonal and "
             "multiplied; power_sgd takes fp32, fp16 and bf16"
@@ -385,6 +388,16 @@ def _check_thc(codec: Codec, feedback: Feedback) -> None:
         raise ValueError(
             f"{codec}+{feedback}@thc: the residual is what rounding and clamping leave, in fp32; "
             f"thc takes {codec}+ef without options, or {codec} alone"
+        )
+
+
+def _check_choices(codec: RandK, config: AlgorithmConfig | None) -> None:
+    """Refuse what would choose again from what was chosen, and scale it once too often."""
+    second = [getattr(config, name, None) for name in ("back", "inner")]
+    if isinstance(config, Ring) or any(isinstance(c, RandK) for c in second):
+        raise ValueError(
+            f"{codec}@{config}: what was chosen at random would be scaled, and chosen again; take "
+            "two_phase, native or hierarchical, with no other randk"
         )
 
 

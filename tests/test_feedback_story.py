@@ -22,7 +22,9 @@ def test_biased_codecs_need_feedback_and_it_is_enough() -> None:
                 Expected("fp32", None),
                 Expected("sign+ef", None, "<= 1.15"),
                 Expected("int2+ef", None, "<= 1.15"),
+                Expected("topk:density=0.05|int8+ef", None, "<= 1.15"),
                 Expected("sign", None, ">= 1.8"),
+                Expected("topk|fp32", None, ">= 1.8"),
                 Expected("int2:round=nearest", None, ">= 1.5"),
             ),
         )

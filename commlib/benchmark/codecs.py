@@ -26,6 +26,8 @@ from .rows import CodecRow
 from .timing import Ratio, interleave, paired_ratio, percentile, rounds_within
 
 PAYLOADS = 4  # what a fused reduce adds up, as with four ranks
+STAGED = ("topk|bf16", "topk:block=1024|bf16", "randk|bf16")
+"""What is measured by default beside every codec of the table."""
 OPERATIONS = ("encode", "encode+ef", "stochastic", "decode", "decode+add", "reduce4", "reduce4+ef")
 
 
@@ -33,7 +35,7 @@ OPERATIONS = ("encode", "encode+ef", "stochastic", "decode", "decode+add", "redu
 class CodecBench:
     """What to measure: codec texts, bytes of fp32 input, threads, rounds or seconds per codec."""
 
-    codecs: tuple[str, ...] = ()  # empty: every codec of the table
+    codecs: tuple[str, ...] = ()  # empty: every codec of the table, and STAGED
     size: int = 64 << 20
     threads: int = 1
     iters: int | None = None
@@ -107,7 +109,7 @@ def run(
             if on_rows is not None:
                 on_rows(found)
 
-        for text in bench.codecs or tuple(CODECS):
+        for text in bench.codecs or (*CODECS, *STAGED):
             add(_measure(codec(text), x, bench))
         if bench.peers:
             keep_freed_memory()
@@ -146,7 +148,7 @@ def warmup(codecs: Sequence[str] = ()) -> list[Callable[[], object]]:
         return compile_all
 
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    ready = [c for text in codecs or tuple(CODECS) for c in roundings(codec(text))]
+    ready = [c for text in codecs or (*CODECS, *STAGED) for c in roundings(codec(text))]
     steps = [step(c, dtype) for c in ready for dtype in dtypes]
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     on_cuda = [c for c in ready if c.format.on_cuda]

@@ -8,6 +8,7 @@ Rotated(inner=Eden(bits=2, block=1024, scale='fit'), seed=0)
 Entropy(inner=Int(bits=4, block=128, round=None))
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
@@ -21,6 +22,7 @@ from commlib.codecs.grid import Grid
 from commlib.codecs.microscaling import MXFP4, MXFP8
 from commlib.codecs.rotation import Rotated
 from commlib.codecs.sign import Natural, Sign, Ternary
+from commlib.codecs.sparse import RandK, TopK
 from commlib.codecs.uniform import QSGD, Int
 
 __all__ = [
@@ -45,10 +47,12 @@ __all__ += [
     "Grid",
     "Int",
     "Natural",
+    "RandK",
     "Rotated",
     "Round",
     "Sign",
     "Ternary",
+    "TopK",
     "codec",
 ]
 
@@ -72,7 +76,11 @@ CODECS: dict[str, Callable[..., Codec]] = {
 }
 """The name in scheme texts -> constructor, one line per codec."""
 
-STAGES: dict[str, Callable[..., Codec]] = {"rotate": Rotated}
+STAGES: dict[str, Callable[..., Codec]] = {
+    "rotate": Rotated,
+    "topk": TopK,
+    "randk": RandK,
+}
 """What stands before a ``|``: it takes the codec behind it as its argument."""
 
 BEHIND: dict[str, Callable[..., Codec]] = {"entropy": Entropy}
@@ -93,6 +101,8 @@ def codec(text: str) -> Codec:
     front, bar, behind = text.strip().partition("|")
     if bar and front.strip() in BEHIND:
         raise ValueError(f"stage {front.strip()!r} stands last: write {behind}|{front.strip()}")
+    if not bar and (name := front.partition(":")[0]) in STAGES:
+        raise ValueError(f"{name} stands before a codec: write for example {front}|int8")
     if not bar:
         return _made(front, CODECS, "codec")
     inner = codec(behind)
@@ -112,8 +122,14 @@ def _made(text: str, table: Mapping[str, Callable[..., Codec]], what: str) -> Co
             raise ValueError(
                 f"{what} {name!r}: option {option!r} is not known{_hint(key, allowed)}"
             )
-        values[key] = int(value) if value.lstrip("-").isdigit() else value
+        values[key] = _value(value)
     return table[name](**values)
+
+
+def _value(text: str) -> int | float | str:
+    if text.lstrip("-").isdigit():
+        return int(text)
+    return float(text) if re.fullmatch(r"-?\d*\.?\d+(e-?\d+)?", text) else text
 
 
 def _hint(got: str, allowed: Iterable[str]) -> str:

@@ -61,8 +61,8 @@ class Codec(ABC):
 
     @property
     def sliceable(self) -> bool:
-        """Whether a message may be cut into slices: not with one scale per tensor."""
-        return not self.format.per_segment
+        """Whether a message may be cut into slices: not with a scale per tensor, nor if sparse."""
+        return self.format.sliceable
 
     @property
     def bits_per_element(self) -> float:
@@ -88,6 +88,11 @@ class Codec(ABC):
         """Bytes of each payload in `wire`, which lie one after the other."""
         count = len(layout.payloads)
         return (self.nbytes(layout) // count,) * count
+
+    def not_added(self, layout: Layout) -> tuple[slice, ...]:
+        """Bytes of a wire that a network which adds payloads must leave: alike on all ranks."""
+        del layout
+        return ()
 
     def encode(
         self,

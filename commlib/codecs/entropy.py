@@ -43,6 +43,11 @@ class Entropy(Codec):
     def __post_init__(self) -> None:
         if not self.inner.fixed_size:
             raise ValueError(f"{self.inner}|entropy: already squeezed; once is enough")
+        if self.inner.format.sparse is not None:
+            raise ValueError(
+                f"{self.inner}|entropy: positions are coded close to their entropy already, and "
+                "little else travels; write the sparse codec alone"
+            )
 
     @property
     def id(self) -> str:

@@ -43,6 +43,11 @@ class Rotated(Codec):
             )
         if inner.rotate is not None:
             raise ValueError(f"rotate|{self.inner}: already rotated; once is enough")
+        if inner.sparse is not None:
+            raise ValueError(
+                f"rotate|{self.inner}: rotated values are all alike, none is worth choosing; write "
+                f"{self.inner.id.partition('|')[0]}|rotate|CODEC to rotate what was chosen"
+            )
         if inner.kind not in ROTATED:
             raise ValueError(
                 f"rotate|{self.inner}: {self.inner.id} has no blocks with a scale that a rotation "

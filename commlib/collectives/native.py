@@ -2,6 +2,7 @@
 
     fp32        sum in place, then times factor: bitwise the library's collective and a product
     fp16, bf16  times factor, coded, summed by the network in 16 bits, decoded
+    randk       the same of the elements that all ranks chose alike
 
 Multiplying before coding keeps sums of large gradients inside fp16's range. Bytes a rank sends, for
 p bytes of payload: 2 (W-1)/W p (a ring).
@@ -58,6 +59,7 @@ def all_reduce(
     wire.zero_()  # padding is summed too: garbage could be signalling NaN
     with span("encode"):
         compressor.compress(key, x, wire, layout, hold=hold)
+    kept = [(place, wire[place].clone()) for place in codec.not_added(layout)]
     while not (yield Step.PARKED):
         pass
     dtype = layout.dtype if raw else codec.sum_dtype
@@ -69,6 +71,8 @@ def all_reduce(
     yield exchange
     if raw and factor != 1.0:
         numbers.mul_(factor)
+    for place, data in kept:
+        wire[place].copy_(data)
     with span("decode"):
         compressor.decompress(key, wire, x, layout)
     pool.give(wire)

@@ -20,12 +20,15 @@ table    the same, of any 16 values                         absmax              
 A scale is bf16, 2 bytes. e8m0 is the microscaling formats': a power of two, 1 byte.
 
 Where `rotate` is set, blocks are rotated before they are coded and back after they are decoded
-(`reference/rotation.py`).
+(`reference/rotation.py`). Where `sparse` is set, only some elements of a piece are coded, one after
+the other as if they were a piece of their own (`sparse.py`); the values of kind raw are then fp32.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from commlib_kernels.sparse import Sparse
 from commlib_kernels.tables import TABLES
 
 Kind = Literal[
@@ -60,12 +63,14 @@ class Format:
     """Of the kind grid: from one code to the next, in root mean squares of the block."""
     rotate: int | None = None
     """Seed of the signs of the rotation; None: there is none."""
+    sparse: Sparse | None = None
+    """Which elements travel; None: all."""
 
     @property
     def on_cuda(self) -> bool:
-        """Whether there are CUDA kernels for it: none yet for tables, grids, rotations, e8m0."""
+        """Whether there are CUDA kernels for it: not yet for all kinds."""
         plain = not self.table and self.kind != "grid" and not self.power_scale
-        return plain and self.rotate is None
+        return plain and self.rotate is None and self.sparse is None
 
     @property
     def power_scale(self) -> bool:
@@ -83,6 +88,26 @@ class Format:
         return {"fp8": FP8_MAX, "fp4": FP4_MAX}.get(self.kind, float(self.levels))
 
     @property
+    def is_raw(self) -> bool:
+        """Whether pieces travel as their own bytes."""
+        return self.kind == "raw" and self.sparse is None
+
+    @property
+    def sliceable(self) -> bool:
+        """Whether pieces may be cut into slices: not where elements far apart depend on another."""
+        return not self.per_segment and self.sparse is None
+
+    @property
+    def draws(self) -> bool:
+        """Whether the bytes depend on random numbers."""
+        return self.stochastic or (self.sparse is not None and self.sparse.rule == "randk")
+
+    @property
+    def values_format(self) -> "Format":
+        """Of a sparse format: the format of the values that travel."""
+        return replace(self, sparse=None)
+
+    @property
     def values(self) -> tuple[float, ...]:
         """The values of a table's codes, ascending."""
         return TABLES[self.table]
@@ -90,7 +115,9 @@ class Format:
     @property
     def align(self) -> int:
         """Segments may be cut into chunks at multiples of this many elements."""
-        return 1 if self.kind == "raw" else self.block
+        if self.sparse is not None and self.sparse.run:
+            return math.lcm(self.block, self.sparse.run)
+        return 1 if self.is_raw else self.block
 
     @property
     def planes(self) -> tuple[int, ...]:
@@ -104,10 +131,15 @@ class Format:
 
     def code_bytes(self, numel: int) -> int:
         """Bytes of the codes of `numel` elements; the last block is padded to 8 elements."""
+        if self.sparse is not None:
+            values = self.values_format.code_bytes(self.sparse.taken(numel))
+            return self.sparse.index_bytes(numel) + values
         return (numel + 7) // 8 * self.bits
 
     def scale_count(self, numel: int) -> int:
         """Scales (`scale_bytes` each) that go with `numel` elements of one segment."""
         if self.scale == "none" or numel == 0:
             return 0
+        if self.sparse is not None:
+            numel = self.sparse.taken(numel)
         return 1 if self.per_segment else -(-numel // self.block)

@@ -88,6 +88,8 @@ def check(fmt: Format) -> None:
         what = "codebooks (eden1 to eden4, nf4, e2m1, e3m0)" if fmt.table else "rotations (rotate|)"
         what = "microscaling formats (mxfp8, mxfp4)" if fmt.power_scale else what
         what = "grids (grid2 to grid6)" if fmt.kind == "grid" else what
+        if fmt.sparse is not None:
+            what = f"sparse formats ({fmt.sparse.rule}|)"
         raise ValueError(
             f"there are no CUDA kernels for {what} yet: take int2 to int8, fp8 or sign on GPUs"
         )

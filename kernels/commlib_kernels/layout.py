@@ -187,7 +187,7 @@ def _sections(layout: Layout, fmt: Format, rank: int) -> tuple[int, int, int]:
     """Bytes of the three sections of payload `rank`."""
     codes = scales = raw = 0
     for segment, _, a, b in _spans(layout, fmt, rank):
-        if layout.is_exact(segment) or fmt.kind == "raw":
+        if layout.is_exact(segment) or fmt.is_raw:
             raw += aligned((b - a) * layout.dtype.itemsize)
         else:
             codes += aligned(fmt.code_bytes(b - a))
@@ -229,7 +229,7 @@ def pieces(layout: Layout, fmt: Format, *, owner: bool = False) -> tuple[Piece, 
         local = local_block = segment_block = 0
         for segment, begin, a, b in _spans(layout, fmt, rank):
             end = layout.cut(segment, rank)[1]
-            exact = layout.is_exact(segment) or fmt.kind == "raw"
+            exact = layout.is_exact(segment) or fmt.is_raw
             n = b - a
             own = local + a - begin
             rows.append(
@@ -285,5 +285,6 @@ def _check(layout: Layout, fmt: Format) -> None:
             f"Layout: chunks are cut at multiples of align={layout.align} elements, but the "
             f"format codes blocks of {fmt.align}; give a Layout whose align is a multiple of that"
         )
-    if fmt.per_segment and layout.part[1] > 1:
-        raise ValueError("Layout: a format with one scale per tensor cannot be cut into slices")
+    if not fmt.sliceable and layout.part[1] > 1:
+        why = "one scale per tensor" if fmt.per_segment else "elements chosen from whole pieces"
+        raise ValueError(f"Layout: a format with {why} cannot be cut into slices")

@@ -92,3 +92,26 @@ def signs(seed: int) -> npt.NDArray[np.uint32]:
     found = (bits.reshape(-1) << np.uint64(31)).astype(np.uint32) & np.uint32(0x80000000)
     found.flags.writeable = False
     return found
+
+
+SHARED_RANK = 0xFFFFFFFF
+"""Counter word of what all ranks draw alike."""
+
+CHOICE_KEY = (0x72616E64, 0x6B000000)
+"""Key of the random choices of sparse formats."""
+
+
+def choice(tag: Tag, segment: int) -> tuple[int, int]:
+    """The number that a message's random choice is drawn from: the same on all ranks."""
+    zero = np.zeros(1, np.uint64)
+    step, rank = zero + np.uint64(int(tag.step) & 0xFFFFFFFF), zero + np.uint64(SHARED_RANK)
+    key = (seed_word(tag.seed), tag.key(segment) & 0xFFFFFFFF)
+    low, high, _, _ = philox((zero, zero, step, rank), key)
+    return int(low[0]), int(high[0])
+
+
+def choice_words(number: tuple[int, int], start: int, count: int) -> npt.NDArray[np.uint64]:
+    """The first `count` random words of the run that begins at element `start` of its segment."""
+    calls = np.arange(-(-count // 4), dtype=np.uint64)
+    fixed = [np.full_like(calls, word) for word in (start, *number)]
+    return np.stack(philox((calls, *fixed), CHOICE_KEY), axis=1).reshape(-1)[:count]

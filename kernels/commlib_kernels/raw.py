@@ -24,7 +24,7 @@ def decode(
             source = _view(wire, p.code, p.numel, layout.dtype)
             here = out[p.x : p.x + p.numel]
             if add:
-                _settle(here, here.float() + source.float())
+                settle(here, here.float() + source.float())
             else:
                 here.copy_(source)
 
@@ -46,12 +46,12 @@ def reduce(
             total += _view(wires, base + p.code, p.numel, layout.dtype)
         total *= factor
         if out.dtype == torch.uint8:
-            _settle(_view(out, p.code, p.numel, layout.dtype), total)
+            settle(_view(out, p.code, p.numel, layout.dtype), total)
         else:
-            _settle(out[p.memory : p.memory + p.numel], total)
+            settle(out[p.memory : p.memory + p.numel], total)
 
 
-def _settle(out: torch.Tensor, value: torch.Tensor) -> None:
+def settle(out: torch.Tensor, value: torch.Tensor) -> None:
     """Round to the dtype of `out`; one NaN for all NaNs."""
     out.copy_(value)
     wrong = torch.isnan(out)

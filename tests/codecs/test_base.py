@@ -11,25 +11,35 @@ from commlib.codecs import CODECS as TABLE
 from commlib.codecs import FP32, STAGES, Int, Ternary, codec
 from commlib_kernels import Layout, Tag
 from tests.contract import CODECS as ON_ALL
-from tests.contract import CPU_CODECS, check_codec, data, decoded, encoded, round_trip, same
+from tests.contract import (
+    CPU_CODECS,
+    SPARSE,
+    check_codec,
+    data,
+    decoded,
+    encoded,
+    round_trip,
+    same,
+)
 
 CODECS = ON_ALL + CPU_CODECS
+ALL = CODECS + SPARSE
 LOSSY = [text for text in CODECS if text != "fp32"]
 SCALED = [t for t in LOSSY if codec(t).format.scale != "none"]
 RANDOM = [t for t in CODECS if codec(t).unbiased and t != "fp32"]
 
 
-@pytest.mark.parametrize("text", CODECS)
+@pytest.mark.parametrize("text", ALL)
 def test_contract(text: str) -> None:
     check_codec(codec(text))
 
 
 def test_the_tables_name_the_same_codecs() -> None:
-    parts = {part.partition(":")[0] for text in CODECS for part in text.split("|")}
+    parts = {part.partition(":")[0] for text in ALL for part in text.split("|")}
     assert parts == {*TABLE, *STAGES}
 
 
-@pytest.mark.parametrize("text", CODECS)
+@pytest.mark.parametrize("text", ALL)
 def test_text_and_pickle_round_trip(text: str) -> None:
     c = codec(text)
     assert str(c) == text
@@ -75,6 +85,7 @@ def test_rounding_is_chosen_once() -> None:
         ("qsgd:levels=128", "levels=128"),
         ("qsgd:norm=l1", "norm='l1'; allowed: l2, max"),
         ("fp32:block=32", "allowed: none"),
+        ("topk:density=0.1", "topk stands before a codec: write for example topk:density=0.1|int8"),
     ],
 )
 def test_bad_texts_are_refused(text: str, complaint: str) -> None:

@@ -41,6 +41,8 @@ CODECS = (
     "rotate|eden2:block=128",
     "int4|entropy",
     "rotate|grid3:block=128|entropy",
+    "topk:density=0.1|int8",
+    "randk:density=0.2|bf16",
 )
 # The host of each rank, for the algorithm that knows hosts: uneven ones, and ranks that alternate.
 HOSTS = {1: "a", 2: "ab", 3: "aab", 4: "abab", 7: "aabcbcb"}

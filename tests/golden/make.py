@@ -34,6 +34,10 @@ GOLDEN = {
     "microscaling": ["mxfp8", "mxfp8:round=stochastic", "mxfp4", "mxfp4:block=64"],
     "grid": ["grid6", "grid5", "grid4:block=256", "grid3:block=128", "grid2"],
     "rotation": ["rotate|int4", "rotate:seed=5|eden2:block=128", "rotate|eden4:block=256"],
+    "sparse": [
+        *("topk:density=0.1|bf16", "topk:density=0.25:block=64|int8", "topk:density=0.5|fp32"),
+        *("randk:density=0.1|bf16", "randk:density=0.2:block=64:scale=unbiased|fp16"),
+    ],
 }
 """Module in commlib/codecs -> texts."""
 SQUEEZED = [f"{text}|entropy" for text in ("int4", "int3", "fp8", "fp32", "bf16", "rotate|grid4")]

@@ -11,6 +11,7 @@ from tests.contract import (
     CODECS,
     CPU_CODECS,
     DTYPES,
+    SPARSE,
     Case,
     backends,
     cases_of_data,
@@ -21,7 +22,7 @@ from tests.contract import (
 
 FAST = [name for name in backends() if name != "reference"]
 PAIRS = [(name, text) for name in FAST for text in CODECS]
-PAIRS += [("numba_cpu", text) for text in CPU_CODECS]
+PAIRS += [("numba_cpu", text) for text in CPU_CODECS + SPARSE]
 
 
 @pytest.mark.parametrize(("name", "text"), PAIRS)
@@ -40,7 +41,7 @@ class TestSameBytes:
             check_backend(candidate, reference, case)
 
 
-@pytest.mark.parametrize("text", CPU_CODECS)
+@pytest.mark.parametrize("text", CPU_CODECS + SPARSE)
 def test_what_cuda_lacks_is_refused(text: str) -> None:
     backend, fmt = require("cuda_host"), codec(text).format
     assert not fmt.on_cuda

@@ -14,7 +14,7 @@ from commlib_kernels import raw, squeezed
 from commlib_kernels.formats import Format
 from commlib_kernels.layout import Layout, stride, table
 from commlib_kernels.memory import Memory
-from commlib_kernels.numba_cpu import entropy, gauss, grid, kernels, strips, tables
+from commlib_kernels.numba_cpu import entropy, gauss, grid, kernels, sparse, strips, tables
 from commlib_kernels.numba_cpu.jit import cache_dir
 from commlib_kernels.numba_cpu.ops import ops, scratch
 from commlib_kernels.philox import seed_word, signs
@@ -57,7 +57,9 @@ def quantize(
 ) -> None:
     """Code `x` into `wire`, adding and renewing the residual."""
     raw.encode(fmt, x, wire, layout)
-    if fmt.kind != "raw":
+    if fmt.sparse is not None:
+        sparse.quantize(fmt, x, wire, layout, tag, memory, _DENSE)
+    elif fmt.kind != "raw":
         call = _Call(fmt, table(layout, fmt), x)
         call.a[kernels.WIRE] = wire.data_ptr()
         call.code(layout, tag, memory)
@@ -69,7 +71,9 @@ def dequantize(
 ) -> None:
     """Decode `wire` into (or add it to) the elements of `out` that its payloads cover."""
     raw.decode(fmt, wire, out, layout, add=add)
-    if fmt.kind != "raw":
+    if fmt.sparse is not None:
+        sparse.dequantize(fmt, wire, out, layout, add, _DENSE)
+    elif fmt.kind != "raw":
         call = _Call(fmt, table(layout, fmt), out)
         call.a[kernels.WIRE] = wire.data_ptr()
         call.a[kernels.ADD] = add
@@ -91,6 +95,9 @@ def reduce(
     if size == 0:
         return
     raw.reduce(fmt, wires, size, out, layout, factor)
+    if fmt.sparse is not None:
+        sparse.reduce(fmt, wires, out, layout, tag, factor, memory, _DENSE)
+        return
     if fmt.kind == "raw":
         return
     dense = out.dtype != torch.uint8
@@ -165,10 +172,28 @@ class _Call:
         op(np.array(self.a, np.int64), np.array(self.f, np.float32), self.rows, self.segments)
 
 
+def _code(fmt: Format, rows: Array, x: torch.Tensor, wire: int, layout: Layout, tag: Tag) -> None:
+    """Code pieces of `x` into the wire at an address, without residuals."""
+    call = _Call(fmt, rows, x)
+    call.a[kernels.WIRE] = wire
+    call.code(layout, tag, None)
+    call.run(ops(fmt).quantize)
+
+
+def _decode(fmt: Format, rows: Array, out: torch.Tensor, wire: int) -> None:
+    """Decode pieces of the wire at an address into `out`."""
+    call = _Call(fmt, rows, out)
+    call.a[kernels.WIRE] = wire
+    call.run(ops(fmt).dequantize)
+
+
+_DENSE = sparse.Dense(_code, _decode)
+
+
 def warmup(fmt: Format, device: torch.device | None = None) -> None:
     """Compile the ops of this kind of format, or load them from the cache."""
     del device  # there is one
-    if fmt.kind == "raw":
+    if fmt.is_raw:
         return
     layout = Layout((fmt.block,), align=fmt.align)
     x, wire = torch.zeros(fmt.block), torch.zeros(stride(layout, fmt), dtype=torch.uint8)

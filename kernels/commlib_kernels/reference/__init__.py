@@ -10,11 +10,12 @@ import numpy.typing as npt
 import torch
 
 from commlib_kernels import squeezed
+from commlib_kernels.compact import Chosen, chosen
 from commlib_kernels.formats import Format
 from commlib_kernels.layout import Layout, Piece, pieces, stride
 from commlib_kernels.memory import Memory
 from commlib_kernels.philox import lanes
-from commlib_kernels.reference import blocks, elements, entropy, rotation
+from commlib_kernels.reference import blocks, elements, entropy, rotation, sparse
 from commlib_kernels.reference.elements import F32, Floats
 from commlib_kernels.tag import Tag
 
@@ -46,6 +47,9 @@ def quantize(
             itemsize = layout.dtype.itemsize
             data = raw[p.x * itemsize : (p.x + p.numel) * itemsize]
             elements.raw(wire)[p.code : p.code + data.size] = data
+    if fmt.sparse is not None:
+        _emit_sparse(fmt, source, elements.raw(wire), chosen(layout, fmt), tag, memory)
+        return
     _emit(fmt, source, elements.raw(wire), pieces(layout, fmt), tag, memory)
 
 
@@ -60,8 +64,18 @@ def dequantize(
         if p.exact and not add:
             elements.raw(here)[:] = data[p.code :][: p.numel * layout.dtype.itemsize]
             continue
+        if fmt.sparse is not None and not p.exact:
+            continue
         v = _decode(fmt, data, p, layout)
         elements.store(here, elements.load(here) + v if add else v)
+    for c in chosen(layout, fmt) if fmt.sparse is not None else ():
+        here = out[c.piece.x : c.piece.x + c.piece.numel]
+        places, v = _decode_sparse(fmt, data, c)
+        if add:
+            here[torch.from_numpy(places)] = _stored(elements.load(here)[places] + v, out.dtype)
+        else:
+            here.zero_()
+            here[torch.from_numpy(places)] = _stored(v, out.dtype)
 
 
 @QUIET
@@ -87,16 +101,30 @@ def reduce(
             acc += _decode_as_coded(fmt, data[rank * size :], p, layout)
         return _back(fmt, acc, p) * F32(factor)
 
+    picked = chosen(layout, fmt, owner=True) if fmt.sparse is not None else ()
+    choices = {c.piece: c for c in picked}
+
+    def total_sparse(p: Piece) -> Floats:
+        acc = np.zeros(p.numel, F32)
+        for rank in range(data.size // size if size else 0):
+            places, v = _decode_sparse(fmt, data[rank * size :], choices[p])
+            acc[places] += v
+        return acc * F32(factor)
+
     rows = pieces(layout, fmt, owner=True)
     if out.dtype != torch.uint8:
         for p in rows:
-            elements.store(out[p.memory : p.memory + p.numel], total(p))
+            sums = total_sparse if p in choices else total
+            elements.store(out[p.memory : p.memory + p.numel], sums(p))
         return
     for p in rows:
         if p.exact:
             chunk = torch.empty(p.numel, dtype=layout.dtype)
             elements.store(chunk, total(p))
             elements.raw(out)[p.code : p.code + p.numel * chunk.itemsize] = elements.raw(chunk)
+    if fmt.sparse is not None:
+        _emit_sparse(fmt, total_sparse, elements.raw(out), picked, tag, memory, first=data)
+        return
     _emit(fmt, total, elements.raw(out), rows, tag, memory)
 
 
@@ -108,6 +136,70 @@ def squeeze(fmt: Format, wire: torch.Tensor, out: torch.Tensor, layout: Layout) 
 def expand(fmt: Format, data: torch.Tensor, wire: torch.Tensor, layout: Layout) -> None:
     """The inverse of `squeeze`."""
     squeezed.expand(entropy, fmt, elements.raw(data), elements.raw(wire), layout)
+
+
+def _emit_sparse(
+    fmt: Format,
+    source: Callable[[Piece], Floats],
+    out: Bytes,
+    rows: tuple[Chosen, ...],
+    tag: Tag,
+    memory: Memory | None,
+    first: Bytes | None = None,
+) -> None:
+    """As `_emit`. Of a sum, `first` is the first payload, whose random choice is taken over."""
+    assert fmt.sparse is not None
+    for c in rows:
+        p = c.piece
+        v, h = source(p), _residual(memory, p, fmt)
+        if memory is not None and h is not None:
+            v = v + F32(memory.alpha) * h
+        number = sparse.head(tag, p.segment) if first is None else first[p.code : p.code + 8]
+        places = sparse.choose(fmt.sparse, v, c.start, number)
+        sparse.write(fmt.sparse, places, p.numel, number, out[p.code :])
+        values = v[places]
+        if fmt.sparse.scaled and first is None:
+            values = values * sparse.ratios(fmt.sparse, p.numel)
+        if fmt.sparse.rule == "randk" and not np.isfinite(v).all():
+            values = np.full(values.size, elements.NAN)
+        if fmt.kind == "raw":
+            data = values.astype("<f4").view(np.uint8)
+            out[c.values.code : c.values.code + data.size] = data
+        else:
+            source_of = {c.values: values}.__getitem__
+            _emit(fmt.values_format, source_of, out, (c.values,), tag, None)
+        _, decoded = _decode_sparse(fmt, out, c)
+        if memory is None or h is None or not np.isfinite(decoded).all():
+            continue
+        q = np.zeros_like(v)
+        q[places] = decoded
+        new = _renewed(memory, v, h, q)
+        new = np.where(np.isfinite(new), new, h)
+        for start, count, width, numel in _runs(fmt, p.numel):
+            grid = np.zeros((count, width), F32)
+            grid.reshape(-1)[:numel] = new[start : start + numel]
+            _keep(memory, p, fmt, start, grid, numel, np.zeros(count, np.bool_))
+
+
+def _decode_sparse(fmt: Format, data: Bytes, c: Chosen) -> tuple[npt.NDArray[np.int64], Floats]:
+    """Positions and values of a piece; NaN everywhere where one is bad."""
+    places = sparse.find(fmt, c, data)
+    if fmt.kind == "raw":
+        v = data[c.values.code :][: 4 * c.values.numel].copy().view("<f4")
+    else:
+        v = _decode_as_coded(fmt.values_format, data, c.values, None)
+        v = _back(fmt.values_format, v, c.values)
+    if places is None or not np.isfinite(v).all():
+        everywhere = np.arange(c.piece.numel)
+        return everywhere, np.full(c.piece.numel, elements.NAN)
+    return places, v
+
+
+def _stored(v: Floats, dtype: torch.dtype) -> torch.Tensor:
+    """fp32 values rounded to `dtype`, as `elements.store` writes them."""
+    rounded = torch.empty(v.size, dtype=dtype)
+    elements.store(rounded, v)
+    return rounded
 
 
 def _emit(
@@ -266,9 +358,10 @@ def _back(fmt: Format, v: Floats, p: Piece) -> Floats:
     return np.concatenate(parts)
 
 
-def _decode_as_coded(fmt: Format, data: Bytes, p: Piece, layout: Layout) -> Floats:
+def _decode_as_coded(fmt: Format, data: Bytes, p: Piece, layout: Layout | None) -> Floats:
     """Values of the codes, with padding and still rotated."""
     if p.exact:
+        assert layout is not None
         chunk = torch.empty(p.numel, dtype=layout.dtype)
         elements.raw(chunk)[:] = data[p.code :][: p.numel * chunk.itemsize]
         return elements.load(chunk)
