@@ -15,8 +15,8 @@ graphs, and NCCL wants them gone before its group.
 
 from __future__ import annotations
 
+from .algorithms import Thc
 from .plans import Message, Plan
-from .scheme import Thc
 
 ONCE = (
     "{what} is called for the first time while a CUDA graph is being captured: ranks could not "

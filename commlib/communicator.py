@@ -17,12 +17,13 @@ import torch
 from commlib_kernels.layout import Layout
 
 from . import collectives
+from .algorithms import TwoPhase
 from .collectives import Steps
 from .engine import Engine
 from .feedback import Compressor
 from .plans import Message, exact, explicit, is_exact, parse_scheme
 from .policy import TensorInfo, raw
-from .scheme import DTYPES, Role, Scheme, TwoPhase, check_fixed_size
+from .scheme import DTYPES, Role, Scheme, check_fixed_size
 from .traffic import Transport, check_all_to_all, check_rank, check_tensor
 from .work import Work
 

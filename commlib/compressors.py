@@ -10,11 +10,12 @@ import torch
 
 from commlib_kernels import backend_for
 
+from .algorithms import AlgorithmConfig, Hierarchical, PowerSGD, Thc, TwoPhase
 from .codecs import Entropy
 from .codecs.base import Codec, Round
 from .feedback import OWNER, Compressor, Feedback, Plain
 from .modes import OF_PIPELINES
-from .scheme import AlgorithmConfig, Hierarchical, PowerSGD, Scheme, Thc, TwoPhase
+from .scheme import Scheme
 
 
 class Move(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .algorithms import AlgorithmConfig, Hierarchical, PowerSGD, Thc, TwoPhase
 from .carrier import Carrier
 from .collectives import hierarchical, power_sgd, thc
 from .compressors import Compressors
@@ -21,7 +22,7 @@ from .hosts import digest, identity
 from .modes import OF_PIPELINES, Delta
 from .plans import Message, Plan, explicit, is_exact, parse_scheme, segmented, single, why_raw
 from .policy import Policy, TensorInfo, raw
-from .scheme import AlgorithmConfig, Hierarchical, PowerSGD, Role, Scheme, Thc, TwoPhase
+from .scheme import Role, Scheme
 from .stamp import WIRE_VERSION
 from .telemetry import Meter
 from .topology import Ranks, columns_of, nodes_of

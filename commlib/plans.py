@@ -20,24 +20,13 @@ import torch
 
 from commlib_kernels.layout import Layout
 
+from .algorithms import AlgorithmConfig, Hierarchical, Native, PowerSGD, Thc, TwoPhase, matrix_of
 from .collectives import power_sgd
 from .collectives.power_sgd import Shapes
 from .feedback import Key, names_of
 from .modes import Delta
 from .policy import Policy, TensorInfo, raw
-from .scheme import (
-    DTYPES,
-    AlgorithmConfig,
-    Hierarchical,
-    Native,
-    PowerSGD,
-    Role,
-    Scheme,
-    Thc,
-    TwoPhase,
-    check_dtype,
-    matrix_of,
-)
+from .scheme import DTYPES, Role, Scheme, check_dtype
 
 # A raw segment's residual would be memory for nothing; above this share of a message's elements raw
 # segments travel in a message of their own, with the same bits.

@@ -33,22 +33,19 @@ import torch
 
 from commlib_kernels.layout import Layout
 
-from .modes import Delta, ErrorFeedback, Lep, Reuse
-from .scheme import (
-    DTYPES,
+from .algorithms import (
     AlgorithmConfig,
     Hierarchical,
     Native,
     PowerSGD,
     Ring,
-    Role,
-    Scheme,
     Thc,
     TwoPhase,
     algorithm,
-    check_dtype,
     unknown,
 )
+from .modes import Delta, ErrorFeedback, Lep, Reuse
+from .scheme import DTYPES, Role, Scheme, check_dtype
 
 __all__ = [
     "AlgorithmConfig",

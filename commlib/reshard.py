@@ -36,8 +36,9 @@ import torch
 
 from commlib_kernels.layout import Layout
 
+from .algorithms import Hierarchical, PowerSGD
 from .feedback import OWNER
-from .scheme import Hierarchical, PowerSGD, Scheme
+from .scheme import Scheme
 
 log = logging.getLogger("commlib")
 

@@ -13,12 +13,12 @@ import torch
 from commlib_kernels.layout import Layout
 from commlib_kernels.tag import Tag
 
+from .algorithms import PowerSGD, Thc
 from .collectives import thc
 from .collectives.base import message
 from .collectives.low_rank import approximated
 from .feedback import names_of
 from .plans import Message
-from .scheme import PowerSGD, Thc
 from .telemetry import Meter
 
 Read = Callable[[torch.Tensor, Callable[[list[Any]], None]], None]

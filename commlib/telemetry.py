@@ -34,8 +34,9 @@ from commlib_kernels import reference
 from commlib_kernels.layout import Layout, nbytes
 from commlib_kernels.tag import Tag
 
+from .algorithms import PowerSGD, Thc
 from .collectives import thc
-from .scheme import PowerSGD, Scheme, Thc
+from .scheme import Scheme
 
 logger = logging.getLogger("commlib")
 

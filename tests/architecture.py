@@ -27,6 +27,7 @@ FLOORS = {
     "commlib.pending": 2,
     "commlib.policy": 2,
     "commlib.references": 2,
+    "commlib.algorithms": 2,
     "commlib.scheme": 2,
     "commlib.stamp": 2,
     "commlib.threads": 2,

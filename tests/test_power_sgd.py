@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from commlib import Communicator, Policy, Scheme
+from commlib.algorithms import PowerSGD, matrix_of
 from commlib.lane import MIN_BYTES
 from commlib.policy import Rule, TensorInfo
 from commlib.reshard import redistribute
-from commlib.scheme import PowerSGD, matrix_of
 from commlib.telemetry import typical_error
 from tests.communicators import data, on_ranks, only
 

@@ -7,21 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from commlib.algorithms import CONFIGS, Hierarchical, Native, PowerSGD, Ring, TwoPhase, algorithm
 from commlib.codecs import codec
 from commlib.feedback import ErrorFeedback, Plain
-from commlib.scheme import (
-    CONFIGS,
-    Hierarchical,
-    Native,
-    PowerSGD,
-    Ring,
-    Role,
-    Scheme,
-    TwoPhase,
-    algorithm,
-    check_dtype,
-    default_round,
-)
+from commlib.scheme import Role, Scheme, check_dtype, default_round
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from commlib import Communicator
+from commlib.algorithms import Thc
 from commlib.capture import Captures
 from commlib.codecs import codec
 from commlib.collectives import thc
@@ -17,7 +18,7 @@ from commlib.feedback import ErrorFeedback, Plain
 from commlib.plans import single
 from commlib.policy import Policy, TensorInfo
 from commlib.reshard import redistribute
-from commlib.scheme import Role, Scheme, Thc
+from commlib.scheme import Role, Scheme
 from commlib.telemetry import typical_error
 from commlib.traffic import Transport
 from tests.communicators import data, on_ranks, only

@@ -26,9 +26,10 @@ from torch.autograd import profiler
 
 from commlib_kernels.layout import Layout
 
+from ..algorithms import TwoPhase
 from ..codecs.base import Codec
 from ..feedback import OWNER, Compressor, Key, Plain, owner_key
-from ..scheme import Scheme, TwoPhase
+from ..scheme import Scheme
 from ..topology import Topology
 from ..traffic import Pending, Transport
 from .pool import Pool

@@ -26,9 +26,10 @@ import torch
 
 from commlib_kernels.layout import Layout
 
+from ..algorithms import Hierarchical, TwoPhase
 from ..codecs import Codec, codec
 from ..feedback import Compressor, Key
-from ..scheme import Hierarchical, Scheme, TwoPhase
+from ..scheme import Scheme
 from ..topology import Ranks, Topology, columns_of
 from ..traffic import Transport
 from . import two_phase

@@ -33,8 +33,9 @@ import torch
 
 from commlib_kernels.layout import Layout
 
+from ..algorithms import PowerSGD
 from ..feedback import Compressor, Key, Plain, names_of
-from ..scheme import PowerSGD, Scheme
+from ..scheme import Scheme
 from ..topology import Topology
 from ..traffic import Pending, Transport
 from . import two_phase

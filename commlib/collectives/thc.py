@@ -37,8 +37,9 @@ import torch
 
 from commlib_kernels.layout import Layout
 
+from ..algorithms import Thc
 from ..feedback import Compressor, Key, Plain, names_of
-from ..scheme import Scheme, Thc
+from ..scheme import Scheme
 from ..topology import Topology
 from ..traffic import Transport
 from .base import Step, Steps, begin, scale_, span

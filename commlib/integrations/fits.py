@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from commlib.algorithms import TwoPhase, unknown
 from commlib.communicator import Communicator
 from commlib.compressors import apart, text_of
 from commlib.feedback import OWNER
 from commlib.policy import Policy, TensorInfo
-from commlib.scheme import Role, Scheme, TwoPhase, unknown
+from commlib.scheme import Role, Scheme
 
 
 def check_fits(

@@ -12,10 +12,11 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
 )
 from torch.distributed.fsdp._fully_shard._fsdp_common import DDPMeshInfo
 
+from commlib.algorithms import TwoPhase
 from commlib.integrations.fsdp_comms import OURS
 from commlib.modes import ErrorFeedback
 from commlib.policy import Policy, check_mode
-from commlib.scheme import Role, TwoPhase
+from commlib.scheme import Role
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -21,13 +21,14 @@ from typing import Any, Literal
 
 import torch
 
+from commlib.algorithms import TwoPhase
 from commlib.communicator import Communicator
 from commlib.feedback import ErrorFeedback, Plain
 from commlib.hosts import digest
 from commlib.planner.errors import Errors
 from commlib.planner.schemes import CANDIDATES, DEFAULT, Cost, Plan, nbytes, plan, uniform
 from commlib.policy import Policy, TensorInfo
-from commlib.scheme import Scheme, TwoPhase
+from commlib.scheme import Scheme
 
 log = logging.getLogger("commlib")
 
