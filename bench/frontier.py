@@ -7,7 +7,7 @@ Peers: FBGEMM, torch and bitsandbytes as in `commlib bench codecs`; torchao and 
 
 Data: normal, Laplace, Student's t with 3 degrees of freedom; gradients of all matrices of the
 demo's 10.9M GPT after 40 steps, and inputs of its linear layers, each a segment of one message.
-Bits are those of the wire, scales and padding included. NMSE = |Q(x) - x|^2 / |x|^2. The gap is
+Bits are those of the wire with scales, tables, padding. NMSE = |Q(x) - x|^2 / |x|^2. The gap is
 ``bits - 0.5 log2(1 / NMSE)``: bits above what no codec of normal data can go below.
 
 Our frontier at a number of bits is the least error of our codecs there, between two of them on the
@@ -47,10 +47,13 @@ OURS = (
     *(f"int{bits}" for bits in range(2, 9)),
     *("int4:block=32", "int8:block=32", "nf4", "rotate|nf4:block=1024"),
     *("mxfp8", "mxfp4", "e2m1", "e2m1:block=32", "rotate|mxfp4:block=1024"),
+    *(f"rotate|grid{bits}|entropy" for bits in range(2, 7)),
+    *("int4|entropy", "rotate|int4:block=1024|entropy", "rotate|eden4|entropy"),
     *("sign", "ternary", "fp8", "fp8:block=32", "natural", "qsgd", "bf16", "fp16"),
 )
 # Bits above the bound that each may have on normal data, and how many more on any other.
 GAPS = {"rotate|eden4": 0.70, "rotate|eden2": 0.50, "rotate|eden1": 0.32}
+GAPS |= {f"rotate|grid{bits}|entropy": 0.30 for bits in range(2, 7)}
 ELSEWHERE = 0.05
 ANY = ("laplace", "student t(3)", "gradients")
 
@@ -126,7 +129,7 @@ def measure(name: str, segments: Sequence[Tensor]) -> Iterator[Row]:
     for text in OURS:
         c = codec(text)
         layout = Layout(sizes, align=c.align)
-        yield row(text, False, c.nbytes(layout), _round_trip(c, x, layout))
+        yield row(text, False, *_round_trip(c, x, layout))
     for label, make in PEERS.items():
         if label == "torch.compile int8":
             continue  # the eager one's numbers, faster
@@ -142,13 +145,14 @@ def measure(name: str, segments: Sequence[Tensor]) -> Iterator[Row]:
             tqdm.write(f"{label} on {name}: left out, {error}", file=sys.stderr)
 
 
-def _round_trip(c: Codec, x: Tensor, layout: Layout) -> Tensor:
+def _round_trip(c: Codec, x: Tensor, layout: Layout) -> tuple[int, Tensor]:
+    """Bytes that travel, and what they decode to."""
     c = c.rounded("nearest")
     wire = torch.empty(c.nbytes(layout), dtype=torch.uint8)
     out = torch.empty_like(x)
-    c.encode(x, wire, layout, Tag())
+    used = c.encode(x, wire, layout, Tag())
     c.decode(wire, out, layout, Tag())
-    return out
+    return used, out
 
 
 def frontier(rows: Sequence[Row], bits: float) -> float:
@@ -193,9 +197,10 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     libraries = list(dict.fromkeys(r.codec.split()[0] for r in rows if r.peer))
     markers = dict(zip(libraries, "xsd^v", strict=False))
     kinds: dict[str, Callable[[str], bool]] = {
-        "commlib rotate|eden": lambda t: t.startswith("rotate|eden"),
-        "commlib rotate|int": lambda t: t.startswith("rotate|int"),
-        "commlib int": lambda t: t.startswith("int") and ":" not in t,
+        "commlib rotate|eden": lambda t: t.startswith("rotate|eden") and "entropy" not in t,
+        "commlib rotate|grid|entropy": lambda t: t.startswith("rotate|grid"),
+        "commlib rotate|int": lambda t: t.startswith("rotate|int") and "entropy" not in t,
+        "commlib int": lambda t: t.startswith("int") and not set(":|") & set(t),
     }
     for axis, name in zip(axes.flat, names, strict=False):
         here = [r for r in rows if r.data == name and 0 < r.nmse < 1 and r.bits < 10]

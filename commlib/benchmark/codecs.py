@@ -151,7 +151,7 @@ def warmup(codecs: Sequence[str] = ()) -> list[Callable[[], object]]:
     ready = [c for text in codecs or (*CODECS, *STAGED) for c in roundings(codec(text))]
     steps = [step(c, dtype) for c in ready for dtype in dtypes]
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    on_cuda = [c for c in ready if c.format.on_cuda]
+    on_cuda = [c for c in ready if c.format.on_cuda and c.fixed_size]
     return steps + [cuda_step(c, device) for c in on_cuda for device in devices]
 
 

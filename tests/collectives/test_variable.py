@@ -207,8 +207,10 @@ def test_the_cost_formula_is_about_what_is_sent(text: str) -> None:
     assert row.wire_bytes(layout, scheme, topology) < row.wire_bytes(layout, fixed, topology)
 
 
-def test_a_communicator_counts_what_was_sent() -> None:
+@pytest.mark.parametrize("check", ["0", "1"])
+def test_a_communicator_counts_what_was_sent(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All-reduce with `int4|entropy+ef` is that with `int4+ef`, with fewer bytes in the table."""
+    monkeypatch.setenv("COMMLIB_CHECK", check)
 
     def body(c: Communicator) -> tuple[torch.Tensor, int, int]:
         for step in range(3):
