@@ -163,6 +163,8 @@ _KINDS = {
 def make(fmt: Format) -> Coder:
     """The functions of a format."""
     width = fmt.bits
+    if fmt.kind not in _KINDS or fmt.rotate is not None:
+        raise ValueError(f"numba_cuda has no kernels for {fmt} yet: take int2 to int8, fp8 or sign")
     code, value = _KINDS[fmt.kind](fmt)
 
     full = fmt.block // 8  # columns of a whole block: as a constant it is part of an instruction

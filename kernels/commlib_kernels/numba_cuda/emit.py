@@ -121,7 +121,7 @@ def make(fmt: Format, coder: Coder, source: Source, *, remembers: bool) -> Funct
     registers.
     """
     block, width, full = fmt.block, fmt.bits, fmt.block // 8
-    lanes = lanes_per_block(fmt.block)
+    lanes = lanes_per_block(fmt)
     blocks = LANES // lanes  # of a tile
     turns = -(-fmt.block // (UNIT * lanes))  # units that a lane takes one after the other
     once = turns == 1

@@ -109,7 +109,7 @@ def _reduce(fmt: Format, coder: Coder, *, remembers: bool) -> Function:
 def _decode(fmt: Format, coder: Coder, *, dense: bool, plus: bool) -> Function:
     """A function that decodes a tile into the tensor at address x, or adds it there."""
     block, full, even = fmt.block, fmt.block // 8, fmt.block % UNIT == 0
-    lanes = lanes_per_block(fmt.block)
+    lanes = lanes_per_block(fmt)
     idle = even and fmt.block // UNIT % lanes != 0
     blocks, turns = LANES // lanes, -(-fmt.block // (UNIT * lanes))
     unpack, value = sources.payload(fmt, coder).unpack, coder.value
