@@ -5,7 +5,8 @@ exact piece. A block of n elements is seen as eight rows of ``n / 8`` columns, e
 + column``. The eight of a column are one group of random numbers, and their bits lie in the same
 bytes of every plane: so the lane that has a column codes, packs and rounds it alone, and lanes meet
 only for the maximum of their block. A lane has a *unit*, four neighbouring columns, wherever memory
-can be read as vectors.
+can be read as vectors. In formats that are `grouped` every lane has a unit, whatever memory allows:
+their elements all meet, in rotations or in the sums of a fitted scale.
 
 Pieces do not change from message to message: their table is made once per layout and stays.
 """
@@ -135,7 +136,9 @@ def _signs(seed: int, device: torch.device) -> torch.Tensor:
 def check(fmt: Format) -> None:
     """Refuse a format without CUDA kernels. Backends ask in `warmup`: before ranks meet."""
     if not fmt.on_cuda:
-        what = "microscaling formats (mxfp8, mxfp4)" if fmt.power_scale else "grids (grid2 to grid6)"
+        what = (
+            "microscaling formats (mxfp8, mxfp4)" if fmt.power_scale else "grids (grid2 to grid6)"
+        )
         if fmt.sparse is not None:
             what = f"sparse formats ({fmt.sparse.rule}|)"
         raise ValueError(

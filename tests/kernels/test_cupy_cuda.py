@@ -18,7 +18,7 @@ from commlib_kernels import Layout, Memory, Tag, launch, load, nbytes
 from commlib_kernels.cupy_cuda import _Stream, build
 from commlib_kernels.cupy_cuda.kernels import kernels, source
 from commlib_kernels.philox import SIGNS
-from tests.contract import CODECS, CPU_CODECS
+from tests.contract import CODECS
 
 FUSED = 'extern "C" __global__ void fused(float* x, float a) { x[0] = x[0] * a + 1.0f; }'
 SPILLED = """
@@ -62,7 +62,7 @@ class TestTheHostAndTheKernelAgree:
         assert list(launch.RULES.values()) == [0, 1, 2, 3, 4, 5]
         assert f"constexpr int SIGNS = {SIGNS};" in build.text("rotated").replace("  ", "")
 
-    @pytest.mark.parametrize("text", CODECS + CPU_CODECS)
+    @pytest.mark.parametrize("text", CODECS)
     def test_on_the_names_of_kernels(self, text: str) -> None:
         fmt, made_of = codec(text).format, build.text(source(codec(text).format))
         made = set(re.findall(r"KERNEL\((\w+),", made_of))
