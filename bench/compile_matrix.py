@@ -1,6 +1,7 @@
 """Compile every CUDA kernel for every architecture, without a GPU, and read the compiler's report.
 
-    python -m bench.compile_matrix                all kernels, sm_75 to sm_120
+    python -m bench.compile_matrix                all kernels, sm_75 to sm_120; see QUICK
+    python -m bench.compile_matrix --all          all kernels for all architectures
     python -m bench.compile_matrix --arch 90 --backend cupy_cuda
 
 Fails on a spill (registers that went to memory) and on a fused multiply-add: it rounds once where
@@ -21,7 +22,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
 
 from tabulate import tabulate
@@ -32,6 +32,10 @@ SAME_PTX = {80: 75, 86: 75, 89: 75, 90: 75, 120: 100}
 """NVVM writes the same PTX for both, but for the line that names the target: it is written once
 and assembled for each. tests/kernels/test_numba_cuda_build.py sees to it that this is so."""
 CUPY, NUMBA = "cupy_cuda", "numba_cuda"
+QUICK = {"rotated": (90,), "tables": (75, 90), "nf4": (90,), "eden4_4096": (), "rotate_qsgd": ()}
+QUICK |= {"rotate_eden2": (90,)}
+"""Parts that are compiled for these only, without --all: tables and rotations are put together from
+what other parts have, and would take as long as all of these."""
 
 
 @dataclass(frozen=True)
@@ -103,19 +107,23 @@ Job = tuple[str, str, tuple[int, ...]]
 """Backend, part (a .cu file, a format of numba_cuda), architectures."""
 
 
-def jobs(backends: Sequence[str], archs: tuple[int, ...]) -> Iterator[Job]:
+def jobs(backends: Sequence[str], archs: tuple[int, ...], everything: bool) -> Iterator[Job]:
     """What is compiled by one process at a time, the longest first.
 
     Numba works out a format's functions once for all architectures, and longer than it compiles.
     """
+
+    def wanted(part: str) -> tuple[int, ...]:
+        return archs if everything else tuple(a for a in archs if a in QUICK.get(part, archs))
+
     if CUPY in backends:
         from commlib_kernels.cupy_cuda.build import FILES
 
-        yield from ((CUPY, file, (arch,)) for file, arch in product(FILES, archs))
+        yield from ((CUPY, file, (arch,)) for file in FILES for arch in wanted(file))
     if NUMBA in backends:
         from commlib_kernels.numba_cuda.build import FORMATS
 
-        yield from ((NUMBA, label, archs) for label in FORMATS)
+        yield from ((NUMBA, label, wanted(label)) for label in FORMATS if wanted(label))
 
 
 def compiled(backend: str, part: str, archs: tuple[int, ...]) -> list[Report]:
@@ -152,6 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES)
     parser.add_argument("--backend", action="append", choices=(CUPY, NUMBA))
+    parser.add_argument("--all", action="store_true", help="also what QUICK leaves out")
     parser.add_argument("--json", metavar="FILE", help="one row per kernel and architecture")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all)")
     args = parser.parse_args()
@@ -160,7 +169,8 @@ def main() -> None:
     # Numba's front end makes millions of objects that stay: looking for garbage among them takes a
     # third of its time.
     with ProcessPoolExecutor(args.jobs, initializer=gc.disable) as pool:
-        work = [pool.submit(compiled, *job) for job in jobs(args.backend or (CUPY, NUMBA), archs)]
+        listed = jobs(args.backend or (CUPY, NUMBA), archs, args.all or bool(args.arch))
+        work = [pool.submit(compiled, *job) for job in listed]
         try:
             for done in tqdm(as_completed(work), total=len(work), desc="compile", disable=None):
                 found += done.result()

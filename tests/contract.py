@@ -33,17 +33,18 @@ CODECS = [
     *("ternary", "ternary:block=tensor", "qsgd", "qsgd:levels=7:block=512"),
     *("qsgd:levels=127:norm=max", "qsgd:levels=1:block=tensor"),
     *("natural", "natural:round=nearest"),
-]
-"""Texts that reach every kind, width, scale rule, rounding and odd block size."""
-
-CPU_CODECS = [
     *("eden4", "eden3:block=96", "eden2:scale=unbiased", "eden1:block=32", "nf4", "nf4:block=96"),
-    *("e2m1", "e3m0:block=32"),
-    *("mxfp8", "mxfp8:block=96", "mxfp8:round=stochastic", "mxfp4", "mxfp4:block=4096"),
+    *("e2m1", "e3m0:block=32", "eden2:block=4096"),
     *("rotate|int4", "rotate|int8:block=4096:round=stochastic", "rotate|int2", "rotate|sign"),
     *("rotate|eden4", "rotate|eden3:block=512", "rotate|eden2:block=128", "rotate|eden1"),
-    *("grid4", "grid2:block=96", "grid6:block=4096", "rotate|grid3:block=256"),
     *("rotate:seed=5|eden2:scale=unbiased", "rotate|nf4:block=2048", "rotate|fp8:block=256"),
+    "rotate|qsgd:block=256",
+]
+"""Texts that reach every kind, width, scale rule, rounding and odd block size, rotated or not."""
+
+CPU_CODECS = [
+    *("mxfp8", "mxfp8:block=96", "mxfp8:round=stochastic", "mxfp4", "mxfp4:block=4096"),
+    *("grid4", "grid2:block=96", "grid6:block=4096", "rotate|grid3:block=256"),
     *("rotate|mxfp8:block=128:round=stochastic", "rotate|mxfp4:block=256"),
 ]
 """The same of codecs that have no CUDA kernels yet."""

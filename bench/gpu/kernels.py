@@ -26,6 +26,7 @@ NUMEL = 64 << 20
 """256 MiB of fp32: several times the L2 cache."""
 PAYLOADS = 8
 CODECS = ("int8", "int4", "int8:round=stochastic", "int4:round=stochastic", "fp8", "bf16", "sign")
+CODECS += ("nf4", "eden2", "rotate|eden2", "rotate|int4")
 BARS = {"cupy_cuda": 0.85, "numba_cuda": 0.70}
 LAUNCH_BARS = {"cupy_cuda": 10.0, "numba_cuda": 25.0}
 """Microseconds of the host."""

@@ -69,8 +69,7 @@ class Format:
     @property
     def on_cuda(self) -> bool:
         """Whether there are CUDA kernels for it: not yet for all kinds."""
-        plain = not self.table and self.kind != "grid" and not self.power_scale
-        return plain and self.rotate is None and self.sparse is None
+        return self.kind != "grid" and not self.power_scale and self.sparse is None
 
     @property
     def power_scale(self) -> bool:

@@ -5,7 +5,8 @@ exact piece. A block of n elements is seen as eight rows of ``n / 8`` columns, e
 + column``. The eight of a column are one group of random numbers, and their bits lie in the same
 bytes of every plane: so the lane that has a column codes, packs and rounds it alone, and lanes meet
 only for the maximum of their block. A lane has a *unit*, four neighbouring columns, wherever memory
-can be read as vectors.
+can be read as vectors. In formats that are `grouped` every lane has a unit, whatever memory allows:
+their elements all meet, in rotations or in the sums of a fitted scale.
 
 Pieces do not change from message to message: their table is made once per layout and stays.
 """
@@ -21,7 +22,8 @@ import torch
 from commlib_kernels.formats import Format
 from commlib_kernels.layout import Layout, pieces, stride
 from commlib_kernels.memory import Memory
-from commlib_kernels.philox import seed_word
+from commlib_kernels.philox import seed_word, signs
+from commlib_kernels.tables import TABLES, thresholds
 from commlib_kernels.tag import Tag
 
 LANES = 32
@@ -36,7 +38,7 @@ FP32, FP16, BF16, INT8, NONE = range(5)
 """Element types of tensors and residuals, as kernels are told them."""
 DTYPES = {torch.float32: FP32, torch.float16: FP16, torch.bfloat16: BF16, torch.int8: INT8}
 
-RULES = {"absmax": 0, "l2": 1, "mean": 2, "none": 3}
+RULES = {"absmax": 0, "l2": 1, "mean": 2, "none": 3, "fit": 4, "unbiased": 5}
 
 IS_EXACT, IS_HELD = 1, 2
 
@@ -53,12 +55,21 @@ INTEGERS = (
     "step", "step_at", "rank", "seed",  # random numbers; step_at: address of a step on the device
     "groups", "group_step", "group_pieces", "first_runs", "runs",  # one scale per segment
     "run_sums", "peaks", "scales",  # scratch of those
+    "signs",  # of a rotation: 4096 bits; 0: there is none
 )  # fmt: skip
 NUMBERS = ("levels", "factor", "alpha", "carry", "omega", "unused")
-STRUCT = np.dtype([(name, np.int64) for name in INTEGERS] + [(n, np.float32) for n in NUMBERS])
+TABLE = 32
+"""Numbers of a table of values: `table_numbers`."""
+STRUCT = np.dtype(
+    [
+        *((name, np.int64) for name in INTEGERS),
+        *((name, np.float32) for name in NUMBERS),
+        ("table", np.float32, (TABLE,)),
+    ]
+)
 """The one argument of a kernel, by value; cupy_cuda/call.cuh declares the same."""
 PLACES = {name: 8 * place for place, name in enumerate(INTEGERS)}
-PLACES |= {name: 8 * len(INTEGERS) + 4 * place for place, name in enumerate(NUMBERS)}
+PLACES |= {name: 8 * len(INTEGERS) + 4 * place for place, name in enumerate((*NUMBERS, "table"))}
 """Byte of the struct at which a field begins."""
 BYTES = np.dtype((np.void, STRUCT.itemsize))
 """The same without its fields, whose names would cost a launch twenty microseconds."""
@@ -76,18 +87,58 @@ class Pieces(NamedTuple):
     group_pieces: int
 
 
-def lanes_per_block(block: int) -> int:
-    """Lanes that share a block: a power of two; more than 32 units go to 32 lanes in turns."""
-    units = -(-block // UNIT)
-    return min(LANES, 1 << (units - 1).bit_length())
+def grouped(fmt: Format) -> bool:
+    """Whether lanes hold a whole block at once, as its elements must meet: rotated or fitted."""
+    return fmt.rotate is not None or fmt.scale in ("fit", "unbiased")
+
+
+def lanes_per_block(fmt: Format) -> int:
+    """Lanes that share a block: a power of two.
+
+    More than 32 units go to 32 lanes in turns, or, where the format is `grouped`, to 64 or 128
+    threads, which are then a CUDA block of their own.
+    """
+    units = -(-fmt.block // UNIT)
+    return min(4 * LANES if grouped(fmt) else LANES, 1 << (units - 1).bit_length())
+
+
+def blocks_per_tile(fmt: Format) -> int:
+    """Whole blocks of a format that are a tile."""
+    return max(1, LANES // lanes_per_block(fmt))
+
+
+@cache
+def table_numbers(table: str) -> npt.NDArray[np.float32]:
+    """16 values, then the 15 thresholds between them; a shorter table has +inf, which none exceeds.
+
+    Kernels ask how many thresholds lie below a number: those below zero are a bit lower, so that
+    what lies on one goes to the value nearer to zero.
+    """
+    found = np.full(TABLE, np.inf, np.float32)
+    values, between = TABLES[table], thresholds(TABLES[table])
+    between[between < 0] = np.nextafter(between[between < 0], np.float32(-np.inf))
+    found[:16] = 0
+    found[: len(values)] = values
+    found[16 : 16 + len(between)] = between
+    return found
+
+
+@cache
+def _signs(seed: int, device: torch.device) -> torch.Tensor:
+    """The signs of a rotation, one bit for each of 4096 elements, on a device."""
+    packed = np.packbits(signs(seed) >> np.uint32(31), bitorder="little")
+    found = torch.from_numpy(packed).to(device)
+    if device.type == "cuda":  # once per seed: other streams will read it
+        torch.cuda.current_stream(device).synchronize()
+    return found
 
 
 def check(fmt: Format) -> None:
     """Refuse a format without CUDA kernels. Backends ask in `warmup`: before ranks meet."""
     if not fmt.on_cuda:
-        what = "codebooks (eden1 to eden4, nf4, e2m1, e3m0)" if fmt.table else "rotations (rotate|)"
-        what = "microscaling formats (mxfp8, mxfp4)" if fmt.power_scale else what
-        what = "grids (grid2 to grid6)" if fmt.kind == "grid" else what
+        what = (
+            "microscaling formats (mxfp8, mxfp4)" if fmt.power_scale else "grids (grid2 to grid6)"
+        )
         if fmt.sparse is not None:
             what = f"sparse formats ({fmt.sparse.rule}|)"
         raise ValueError(
@@ -105,7 +156,7 @@ def _on_device(
 ) -> Pieces:
     """The pieces of a message, moved to `device` once."""
     rows = pieces(layout, fmt, owner=owner)
-    blocks_per_tile = LANES // lanes_per_block(fmt.block)
+    in_tile = blocks_per_tile(fmt)
     table = np.zeros((len(rows), TABLE_COLUMNS), np.int64)
     tiles = 0
     for row, p in zip(table, rows, strict=True):
@@ -115,7 +166,7 @@ def _on_device(
             p.x, p.numel, p.code, p.scale, p.base, key & 0xFFFFFFFF, flags,
             p.memory, p.memory_block, p.group, tiles, 0,
         )  # fmt: skip
-        tile = EXACT_TILE if p.exact else blocks_per_tile * fmt.block
+        tile = EXACT_TILE if p.exact else in_tile * fmt.block
         tiles += -(-p.numel // tile)
     count = len(layout.sizes)
     groups = len(rows) if layout.stacked else count
@@ -258,12 +309,16 @@ def _template(
     call["dtype"] = call["exact_dtype"] = DTYPES[layout.dtype]
     call["block"], call["bits"], call["rule"] = fmt.block, fmt.bits, RULES[fmt.scale]
     call["per_segment"], call["stochastic"] = fmt.per_segment, fmt.stochastic
-    call["lanes"], call["memory_kind"] = lanes_per_block(fmt.block), NONE
+    call["lanes"], call["memory_kind"] = lanes_per_block(fmt), NONE
     call["levels"] = 448 if fmt.kind == "fp8" else fmt.levels
     call["groups"], call["runs"] = found.groups, found.runs
     call["group_step"], call["group_pieces"] = found.group_step, found.group_pieces
     call["first_runs"] = found.first_runs.data_ptr()
     call["alpha"], call["carry"], call["omega"] = rates
+    if fmt.table:
+        call["table"] = table_numbers(fmt.table)
+    if fmt.rotate is not None:
+        call["signs"] = _signs(fmt.rotate, device).data_ptr()
     return call.view(np.int64), found
 
 

@@ -19,7 +19,7 @@ import torch
 
 from commlib_kernels import Format, Layout, Memory, Tag, launch
 from commlib_kernels.cupy_cuda.build import text
-from commlib_kernels.cupy_cuda.kernels import FILES, THREADS, Op, kernels
+from commlib_kernels.cupy_cuda.kernels import Op, kernels, source
 from commlib_kernels.layout import stride
 
 name = "cuda_host"
@@ -41,31 +41,31 @@ def ready() -> None:
 
 
 @cache
-def library(file: str) -> ctypes.CDLL:
+def library(name: str) -> ctypes.CDLL:
     """A .cu file as a shared library; kept in the temporary directory by its content."""
     compiler = _compiler()
     assert compiler is not None, "ready() tells"
-    source = f'{SHIM.read_text()}\n#line 1 "{file}.cu"\n{text(file)}'
+    source = f'{SHIM.read_text()}\n#line 1 "{name}.cu"\n{text(name)}'
     digest = hashlib.sha256("\0".join((source, compiler, *OPTIONS, *WARNINGS)).encode())
     folder = Path(tempfile.gettempdir()) / "commlib-cuda-host"
     folder.mkdir(exist_ok=True)
-    path = folder / f"{file}-{digest.hexdigest()[:16]}.so"
+    path = folder / f"{name}-{digest.hexdigest()[:16]}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=folder) as own:
             made = Path(own) / "made.so"
             command = [compiler, *OPTIONS, *WARNINGS, "-x", "c++", "-", "-o", str(made)]
             done = subprocess.run(command, input=source, text=True, capture_output=True)
             if done.returncode:
-                pytest.fail(f"{file}.cu does not compile for the host:\n{done.stderr[:4000]}")
+                pytest.fail(f"{name}.cu does not compile for the host:\n{done.stderr[:4000]}")
             made.replace(path)
     return ctypes.CDLL(str(path))
 
 
 def _run(op: Op, fmt: Format, call: launch.Launch) -> None:
     for kernel in kernels(op, fmt, call):
-        function = getattr(library(FILES[fmt.kind]), kernel.name)
+        function = getattr(library(source(fmt)), kernel.name)
         address = ctypes.c_void_p(call.words.ctypes.data)
-        function(address, ctypes.c_uint(kernel.blocks), ctypes.c_uint(THREADS))
+        function(address, ctypes.c_uint(kernel.blocks), ctypes.c_uint(kernel.threads))
 
 
 def quantize(

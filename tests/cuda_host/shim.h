@@ -1,8 +1,10 @@
-// CUDA on a CPU, as much of it as commlib's kernels use: blocks, warps, shuffles.
+// CUDA on a CPU, as much of it as commlib's kernels use: blocks, warps, shuffles, shared memory.
 //
-// The lanes of a warp are coroutines. At a shuffle a lane leaves its value and gives way; when all 32
-// have come to the same shuffle, they go on. A lane that ends while others wait, or that waits at
-// another kind of shuffle, is what deadlocks or reads garbage on a GPU: here it aborts.
+// The threads of a block are coroutines. At a shuffle a lane leaves its value and gives way; when all
+// 32 of its warp have come to the same shuffle, they go on. At a barrier they wait for all warps of the
+// block. A lane that ends while others wait, or that waits elsewhere than they do, is what deadlocks or
+// reads garbage on a GPU: here it aborts. Lanes run one after the other, in even blocks from the first
+// to the last and in odd ones backwards: what reads shared memory without a barrier reads old values.
 
 #include <cmath>
 #include <cstdio>
@@ -11,6 +13,7 @@
 #include <ucontext.h>
 
 #define __device__
+#define __shared__ static thread_local
 #define __global__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __grid_constant__
@@ -30,19 +33,20 @@ inline thread_local Dim threadIdx, blockIdx, blockDim, gridDim;
 
 namespace shim {
 
-constexpr int WARP = 32;
+constexpr int WARP = 32, MOST = 128;  // lanes of a warp, threads of a block
 constexpr size_t STACK = 256 << 10;
+enum Site { NOWHERE, XOR, DOWN, FROM, WARP_BARRIER, BLOCK_BARRIER };
 
 struct Lane {
     ucontext_t context;
     char* stack = nullptr;
     bool done = true;
-    int site = 0;            // the shuffle it waits at
-    unsigned count = 0;      // shuffles so far
+    Site site = NOWHERE;     // where it waits
+    unsigned count = 0;      // how often it waited
     unsigned long long slot[2];
 };
 
-inline thread_local Lane lanes[WARP];
+inline thread_local Lane lanes[MOST];
 inline thread_local ucontext_t scheduler;
 inline thread_local int current;
 inline thread_local void (*body)(const void*);
@@ -58,22 +62,51 @@ inline void start() {
     lanes[current].done = true;
 }
 
-// Leave a value at a shuffle, and return the value that lane `from` left.
-template <class T>
-T exchange(int site, T value, int from) {
+inline void wait(Site site) {
     Lane& lane = lanes[current];
-    const unsigned turn = lane.count++ & 1;  // lanes are at most one shuffle apart
+    lane.count++;
     lane.site = site;
+    swapcontext(&lane.context, &scheduler);
+}
+
+// Leave a value at a shuffle, and return the value that lane `from` of the warp left.
+template <class T>
+T exchange(Site site, T value, int from) {
+    Lane& lane = lanes[current];
+    const unsigned turn = lane.count & 1;  // lanes are at most one shuffle apart
     lane.slot[turn] = 0;
     std::memcpy(&lane.slot[turn], &value, sizeof value);
-    swapcontext(&lane.context, &scheduler);
+    wait(site);
     T found;
-    std::memcpy(&found, &lanes[from].slot[turn], sizeof found);
+    std::memcpy(&found, &lanes[current / WARP * WARP + from].slot[turn], sizeof found);
     return found;
 }
 
-inline void run_warp(unsigned first_thread) {
+// To where all lanes of a warp wait, or end. Says whether they ended.
+inline bool advance(int warp) {
+    int done = 0;
     for (int i = 0; i < WARP; i++) {
+        current = WARP * warp + (blockIdx.x & 1 ? WARP - 1 - i : i);
+        Lane& lane = lanes[current];
+        if (!lane.done) {
+            threadIdx.x = current;
+            swapcontext(&scheduler, &lane.context);
+        }
+        done += lane.done;
+    }
+    if (done == WARP) return true;
+    if (done) fail("some lanes ended while others wait");
+    const Lane* all = lanes + WARP * warp;
+    for (int i = 1; i < WARP; i++) {
+        if (all[i].site != all[0].site || all[i].count != all[0].count) {
+            fail("lanes wait at different places");
+        }
+    }
+    return false;
+}
+
+inline void run_block(int warps) {
+    for (int i = 0; i < WARP * warps; i++) {
         Lane& lane = lanes[i];
         if (!lane.stack) lane.stack = static_cast<char*>(std::malloc(STACK));
         getcontext(&lane.context);
@@ -84,22 +117,16 @@ inline void run_warp(unsigned first_thread) {
         lane.count = 0;
         makecontext(&lane.context, start, 0);
     }
-    for (;;) {
-        int done = 0;
-        for (current = 0; current < WARP; current++) {
-            Lane& lane = lanes[current];
-            if (!lane.done) {
-                threadIdx.x = first_thread + current;
-                swapcontext(&scheduler, &lane.context);
-            }
-            done += lane.done;
-        }
-        if (done == WARP) return;
-        if (done) fail("some lanes ended while others wait at a shuffle");
-        for (int i = 1; i < WARP; i++) {
-            if (lanes[i].site != lanes[0].site || lanes[i].count != lanes[0].count) {
-                fail("lanes wait at different shuffles");
-            }
+    // From barrier to barrier: a warp that ended is not waited for.
+    for (int left = warps; left > 0;) {
+        left = 0;
+        for (int warp = 0; warp < warps; warp++) {
+            if (lanes[WARP * warp].done) continue;
+            bool done;
+            do {
+                done = advance(warp);
+            } while (!done && lanes[WARP * warp].site != BLOCK_BARRIER);
+            left += !done;
         }
     }
 }
@@ -107,9 +134,8 @@ inline void run_warp(unsigned first_thread) {
 inline void launch(void (*kernel)(const void*), const void* call, unsigned blocks, unsigned threads) {
     body = kernel, argument = call;
     blockDim.x = threads, gridDim.x = blocks;
-    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) {
-        for (unsigned thread = 0; thread < threads; thread += WARP) run_warp(thread);
-    }
+    if (threads % WARP || threads > MOST) fail("so many threads has no block");
+    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) run_block(int(threads) / WARP);
 }
 
 }  // namespace shim
@@ -121,21 +147,24 @@ inline void full(unsigned mask) {
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int k) {
     full(mask);
-    return shim::exchange(1, value, (threadIdx.x & 31) ^ k);
+    return shim::exchange(shim::XOR, value, (threadIdx.x & 31) ^ k);
 }
 
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, int k) {
     full(mask);
     const int lane = threadIdx.x & 31;
-    return shim::exchange(2, value, lane + k < shim::WARP ? lane + k : lane);
+    return shim::exchange(shim::DOWN, value, lane + k < shim::WARP ? lane + k : lane);
 }
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int from) {
     full(mask);
-    return shim::exchange(3, value, from);
+    return shim::exchange(shim::FROM, value, from);
 }
+
+inline void __syncwarp() { shim::wait(shim::WARP_BARRIER); }
+inline void __syncthreads() { shim::wait(shim::BLOCK_BARRIER); }
 
 inline void* __cvta_global_to_generic(size_t address) { return reinterpret_cast<void*>(address); }
 

@@ -52,7 +52,9 @@ def test_every_shape_of_message(name: str, text: str) -> None:
 
 
 @each_backend
-@pytest.mark.parametrize("text", ["int4", "int8:round=stochastic", "sign", "bf16", "fp8"])
+@pytest.mark.parametrize(
+    "text", ["int4", "int8:round=stochastic", "sign", "bf16", "fp8", "nf4", "rotate|eden2"]
+)
 def test_long_messages(name: str, text: str) -> None:
     """More warps than a GPU holds at once."""
     case = Case(codec(text).format, Layout((3_000_001, 70_000)), residual="fp32")

@@ -16,7 +16,8 @@ from bench.compile_matrix import Report, reports, table
 from commlib.codecs import codec
 from commlib_kernels import Layout, Memory, Tag, launch, load, nbytes
 from commlib_kernels.cupy_cuda import _Stream, build
-from commlib_kernels.cupy_cuda.kernels import FILES, kernels
+from commlib_kernels.cupy_cuda.kernels import kernels, source
+from commlib_kernels.philox import SIGNS
 from tests.contract import CODECS
 
 FUSED = 'extern "C" __global__ void fused(float* x, float a) { x[0] = x[0] * a + 1.0f; }'
@@ -40,7 +41,7 @@ def fields(kind: str, struct_name: str) -> list[str]:
 class TestTheHostAndTheKernelAgree:
     def test_on_the_arguments(self) -> None:
         assert fields("i64", "Call") == list(launch.INTEGERS)
-        assert fields("float", "Call") == list(launch.NUMBERS)
+        assert fields("float", "Call") == [*launch.NUMBERS, f"table[{launch.TABLE}]"]
 
     def test_on_where_they_lie(self) -> None:
         places = {name: field[1] for name, field in (launch.STRUCT.fields or {}).items()}
@@ -57,16 +58,17 @@ class TestTheHostAndTheKernelAgree:
             assert f"constexpr int {name} = {getattr(launch, name)};" in text
         assert (launch.FP32, launch.FP16, launch.BF16, launch.INT8, launch.NONE) == (0, 1, 2, 3, 4)
         assert "enum Kind { FP32, FP16, BF16, INT8, NONE };" in text
-        assert "enum Rule { ABSMAX, L2, MEAN, UNSCALED };" in text
-        assert list(launch.RULES.values()) == [0, 1, 2, 3]
+        assert "enum Rule { ABSMAX, L2, MEAN, UNSCALED, FIT, UNBIASED };" in text
+        assert list(launch.RULES.values()) == [0, 1, 2, 3, 4, 5]
+        assert f"constexpr int SIGNS = {SIGNS};" in build.text("rotated").replace("  ", "")
 
     @pytest.mark.parametrize("text", CODECS)
     def test_on_the_names_of_kernels(self, text: str) -> None:
-        fmt, source = codec(text).format, build.text(FILES[codec(text).format.kind])
-        made = set(re.findall(r"KERNEL\((\w+),", source))
-        for name in re.findall(r"KERNELS\((\w+),", source):
+        fmt, made_of = codec(text).format, build.text(source(codec(text).format))
+        made = set(re.findall(r"KERNEL\((\w+),", made_of))
+        for name in re.findall(r"(?:KERNELS|GROUPED)\((\w+),", made_of):
             made |= {f"{op}_{name}" for op in ("quantize", "dequantize", "reduce")}
-        for name in re.findall(r"MEASURES\((\w+),", source):
+        for name in re.findall(r"MEASURES\((\w+),", made_of):
             made |= {f"measure_quantize_{name}", f"measure_reduce_{name}"}
         layout, x = Layout((300,), align=fmt.align), torch.zeros(300)
         wire = torch.zeros(nbytes(layout, fmt), dtype=torch.uint8)

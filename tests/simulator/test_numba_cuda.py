@@ -21,6 +21,7 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
 
 from commlib.codecs import codec
 from commlib_kernels import Format, Layout, nbytes, numba_cuda, reference
+from commlib_kernels.launch import grouped
 from commlib_kernels.numba_cuda import simulated
 from tests.contract import (
     CODECS,
@@ -35,6 +36,7 @@ from tests.contract import (
     tag,
 )
 
+ROTATED = "rotate|eden3:block=128"
 RATES = ((1.0, 1.0, 1.0), (0.2, 0.9, 1.0), (1.0, 1.0, 0.75))
 
 
@@ -45,8 +47,17 @@ def choice(format_index: int, dtype_index: int) -> tuple[str, str, tuple[float, 
     return kind, residual, RATES[(i + i // 3) % 3], (i % 2,)
 
 
-@pytest.mark.parametrize("text", CODECS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def pairs() -> list[tuple[str, torch.dtype]]:
+    """Formats and dtypes; one dtype each of tables and rotations, which take long."""
+    found = []
+    for index, text in enumerate(CODECS):
+        fmt = codec(text).format
+        slow = grouped(fmt) or fmt.table
+        found += [(text, d) for i, d in enumerate(DTYPES) if not slow or i == index % 3]
+    return found
+
+
+@pytest.mark.parametrize(("text", "dtype"), pairs())
 def test_every_format_and_dtype(text: str, dtype: torch.dtype) -> None:
     """Whole blocks, short ones, an empty segment and an exact one."""
     fmt = codec(text).format
@@ -58,7 +69,10 @@ def test_every_format_and_dtype(text: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)
-@pytest.mark.parametrize("text", ["int8", "sign", "natural", "ternary:block=tensor"])
+@pytest.mark.parametrize(
+    "text",
+    ["int8", "sign", "natural", "ternary:block=tensor", "nf4", "eden2:block=64", ROTATED],
+)
 def test_every_residual(text: str, residual: str) -> None:
     """With data that has every kind of trouble."""
     layout = Layout((300, 9, 40), exact=(False, True, False))
@@ -84,13 +98,16 @@ def shapes(fmt: Format) -> dict[str, Layout]:
         "copied in the widest accesses": Layout((1100, 9), exact=(True, False)),
         "copied halves": Layout((1100, 9), torch.bfloat16, exact=(True, False)),
     }
+    if grouped(fmt):  # they take longest; exact pieces are those of all formats
+        few = "odd offsets in 16 bits", "three ranks", "dense chunk", "chunk of a stack"
+        return {name: found[name] for name in few}
     if not fmt.per_segment:
         found["slice"] = cut.slice(1, 2)
         found["slice of a dense chunk"] = cut.only(0, dense=True).slice(1, 2)
     return found
 
 
-@pytest.mark.parametrize("text", ["int4", "sign:block=40", "qsgd:levels=1:block=tensor"])
+@pytest.mark.parametrize("text", ["int4", "sign:block=40", "qsgd:levels=1:block=tensor", ROTATED])
 def test_every_shape(text: str) -> None:
     fmt = codec(text).format
     for i, layout in enumerate(shapes(fmt).values()):

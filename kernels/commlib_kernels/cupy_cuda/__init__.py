@@ -11,7 +11,7 @@ import torch
 
 from commlib_kernels import launch
 from commlib_kernels.cupy_cuda import build
-from commlib_kernels.cupy_cuda.kernels import FILES, THREADS, Op, kernels, names
+from commlib_kernels.cupy_cuda.kernels import Op, kernels, names, source
 from commlib_kernels.formats import Format
 from commlib_kernels.layout import Layout, stride
 from commlib_kernels.memory import Memory
@@ -73,7 +73,7 @@ def warmup(fmt: Format, device: torch.device | None = None) -> None:
     launch.check(fmt)
     with torch.cuda.device(device):  # None: the current one
         for kernel in names(fmt):
-            _function(FILES[fmt.kind], kernel, torch.cuda.current_device())
+            _function(source(fmt), kernel, torch.cuda.current_device())
 
 
 class _Stream:
@@ -113,6 +113,8 @@ def _launch(op: Op, fmt: Format, call: launch.Launch, device: torch.device) -> N
     stream = _stream(torch._C._cuda_getCurrentRawStream(device.index))
     for kernel in kernels(op, fmt, call):
         if kernel.blocks:
-            function = _function(FILES[fmt.kind], kernel.name, device.index)
+            function = _function(source(fmt), kernel.name, device.index)
             # CuPy passes an array of one element by value.
-            function((kernel.blocks,), (THREADS,), (call.words.view(launch.BYTES),), stream=stream)
+            function(
+                (kernel.blocks,), (kernel.threads,), (call.words.view(launch.BYTES),), stream=stream
+            )

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from commlib_kernels.cache import folder
 
 HERE = Path(__file__).parent
-FILES = ("uniform", "sign", "cast", "raw")
+FILES = ("uniform", "sign", "cast", "tables", "rotated", "raw")
 OPTIONS = ("-std=c++17", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true")
 """Every product and every sum rounds by itself: the bytes must not depend on the device."""
 REPORT = "--ptxas-options=-v"

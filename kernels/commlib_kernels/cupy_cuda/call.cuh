@@ -16,7 +16,7 @@ typedef unsigned long long u64;
 typedef long long i64;
 
 enum Kind { FP32, FP16, BF16, INT8, NONE };
-enum Rule { ABSMAX, L2, MEAN, UNSCALED };
+enum Rule { ABSMAX, L2, MEAN, UNSCALED, FIT, UNBIASED };
 enum Flag { IS_EXACT = 1, IS_HELD = 2 };
 
 constexpr int ROWS = 8, COLUMNS = 4, UNIT = ROWS * COLUMNS;
@@ -35,8 +35,9 @@ struct Call {
     i64 block, bits, rule, per_segment, stochastic, lanes;
     i64 step, step_at, rank, seed;
     i64 groups, group_step, group_pieces, first_runs, runs;
-    i64 run_sums, peaks, scales;
+    i64 run_sums, peaks, scales, signs;
     float levels, factor, alpha, carry, omega, unused;
+    float table[32];
 };
 
 // What lies at an address of the device's memory: said to be global, or the compiler would take care
@@ -76,7 +77,9 @@ __device__ __forceinline__ const Piece& piece_of(const Call& call, i64 tile) {
 // lanes = 1 << log_lanes share a block. Shifts: a division costs as much as coding an element.
 __device__ __forceinline__ int log_lanes(const Call& call) { return 31 - __clz(int(call.lanes)); }
 
-__device__ __forceinline__ int blocks_per_tile(const Call& call) { return 32 >> log_lanes(call); }
+__device__ __forceinline__ int blocks_per_tile(const Call& call) {
+    return call.lanes < 32 ? 32 >> log_lanes(call) : 1;
+}
 
 // Which block of the tile is this lane's.
 __device__ __forceinline__ int lane_block(const Call& call) { return lane_id() >> log_lanes(call); }
@@ -105,7 +108,7 @@ __device__ __forceinline__ i64 first_block(const Call& call, const Piece& piece,
 
 // Whether all blocks of the tile are full, and short enough for one unit of four columns a lane.
 __device__ __forceinline__ bool whole_tile(const Call& call, const Piece& piece, i64 first) {
-    return call.block % UNIT == 0 && call.block <= 32 * UNIT &&
+    return call.block % UNIT == 0 && call.block <= call.lanes * UNIT &&
            (first + blocks_per_tile(call)) * call.block <= piece.numel;
 }
 

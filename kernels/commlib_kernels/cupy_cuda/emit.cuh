@@ -14,6 +14,12 @@ __device__ __forceinline__ u32 scale_bits(i64 rule, float levels, u32 m, double 
     return s >= HUGE_BITS >> 16 ? BAD_SCALE : s;
 }
 
+// The same of an int8 residual: what it cannot hold is forgotten, not kept as NaN.
+__device__ __forceinline__ u32 residual_scale(u32 m) {
+    const u32 scale = scale_bits(ABSMAX, 127.0f, m, 0.0, 0);
+    return scale == BAD_SCALE ? 0 : scale;
+}
+
 __device__ __forceinline__ double norm_term(i64 rule, float v) {
     return rule == L2 ? double(v) * double(v) : fabs(double(v));
 }
@@ -137,8 +143,7 @@ struct Emitter {
 
     // The scale of an int8 residual, from this lane's maximum of it; its reciprocal, or 0.
     __device__ __forceinline__ float find_residual_scale(u32 m) const {
-        u32 scale = scale_bits(ABSMAX, 127.0f, warp_max(m, lanes), 0.0, 0);
-        if (scale == BAD_SCALE) scale = 0;  // what int8 cannot hold is forgotten, not kept as NaN
+        const u32 scale = residual_scale(warp_max(m, lanes));
         if (lane == 0 && b.n && renews()) at<u16>(h.scales)[b.index] = u16(scale);
         return scale ? 1.0f / bf16_value(scale) : 0.0f;
     }

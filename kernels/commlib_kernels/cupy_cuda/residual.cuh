@@ -85,19 +85,24 @@ struct Residual {
         const Block& b, int c, float (&v)[ROWS][C]) const {
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            const bool real = inside<C>(b, r, c);
-            float decoded[C], h[C] = {};
+            float decoded[C];
             coder.values(q, r, block_scale, decoded);
-            if (real && (carry != 0.0f || !Coder::SCALED)) {
-                row(b.start + r * b.columns + c, h);
-            }
+            error_row<C, Coder::SCALED>(decoded, zero, b, r, c, v[r]);
+        }
+    }
+
+    template <int C, bool SCALED>
+    __device__ __forceinline__ void error_row(
+        const float (&decoded)[C], bool zero, const Block& b, int r, int c, float (&v)[C]) const {
+        const bool real = inside<C>(b, r, c);
+        float h[C] = {};
+        if (real && (carry != 0.0f || !SCALED)) row(b.start + r * b.columns + c, h);
 #pragma unroll
-            for (int i = 0; i < C; i++) {
-                float e = omega * (v[r][i] - decoded[i]);
-                if (carry != 0.0f) e = carry * h[i] + e;
-                if (!Coder::SCALED) e = (bits(e) & MAGNITUDE) < 0x7F800000 ? e : h[i];
-                v[r][i] = real && !zero ? e : 0.0f;
-            }
+        for (int i = 0; i < C; i++) {
+            float e = omega * (v[i] - decoded[i]);
+            if (carry != 0.0f) e = carry * h[i] + e;
+            if (!SCALED) e = (bits(e) & MAGNITUDE) < 0x7F800000 ? e : h[i];
+            v[i] = real && !zero ? e : 0.0f;
         }
     }
 

@@ -45,6 +45,13 @@ struct FromWires {
 
     template <int C>
     __device__ __forceinline__ void unit(const Block& b, int c, float (&v)[ROWS][C]) const {
+        sum(b, c, v);
+        times_factor(b, c, v);
+    }
+
+    // Of what was decoded, padding too.
+    template <int C>
+    __device__ __forceinline__ void sum(const Block& b, int c, float (&v)[ROWS][C]) const {
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
 #pragma unroll
@@ -65,6 +72,10 @@ struct FromWires {
                 for (int i = 0; i < C; i++) v[r][i] += decoded[i];
             }
         }
+    }
+
+    template <int C>
+    __device__ __forceinline__ void times_factor(const Block& b, int c, float (&v)[ROWS][C]) const {
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             const bool real = inside<C>(b, r, c);

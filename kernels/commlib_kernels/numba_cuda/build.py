@@ -26,6 +26,12 @@ FORMATS: dict[str, Format] = {
     ),
     "qsgd": Format("uniform", bits=4, levels=7, block=512, scale="l2", stochastic=True),
     "natural": Format("natural", bits=9, stochastic=True),
+    "nf4": Format("table", bits=4, levels=1, block=64, scale="absmax", table="nf4"),
+    "eden4_4096": Format("gauss", bits=4, block=4096, scale="unbiased", table="gauss4"),
+    "rotate_eden2": Format("gauss", bits=2, block=1024, scale="fit", table="gauss2", rotate=0),
+    "rotate_qsgd": Format(
+        "uniform", bits=4, levels=7, block=128, scale="l2", stochastic=True, rotate=0
+    ),
 }
 """Between them: every kind, width of plane, scale rule, way of rounding and length of block."""
 

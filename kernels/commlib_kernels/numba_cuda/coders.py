@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from commlib_kernels.formats import Format
+from commlib_kernels.numba_cuda import tables
 from commlib_kernels.numba_cuda.jit import (
     SCALARS,
     add,
@@ -32,7 +33,7 @@ from commlib_kernels.numba_cuda.planes import (
     put_halves,
     put_planes,
 )
-from commlib_kernels.scalar import BAD_SCALE, HUGE, TINY
+from commlib_kernels.scalar import BAD_SCALE, HUGE, HUGE_ROTATED, TINY
 
 Function = Callable[..., Any]
 
@@ -154,6 +155,8 @@ _KINDS = {
     "fp8": _fp8,
     "sign": _sign,
     "natural": _natural,
+    "gauss": tables.make,
+    "table": tables.make,
     "bf16": _cast,
     "fp16": _cast,
     "raw": _cast,  # compiled as fp16, and never reached: all its pieces are exact
@@ -212,10 +215,11 @@ def make(fmt: Format) -> Coder:
 def _scale_rule(fmt: Format) -> Function:
     levels = 448 if fmt.kind == "fp8" else fmt.levels
     mean, l2 = fmt.scale == "mean", fmt.scale == "l2"
+    huge = HUGE if fmt.rotate is None else HUGE_ROTATED
 
     @device
     def scale_of(m, total, n):
-        if m >= HUGE:
+        if m >= huge:
             return BAD_SCALE
         if m < TINY:
             return u32(0)

@@ -115,13 +115,13 @@ def _renew(fmt: Format, coder: Coder) -> Function:
 def make(fmt: Format, coder: Coder, source: Source, *, remembers: bool) -> Function:
     """A function that codes a tile.
 
-    Its arguments: three arrays of a unit; what the source is given; (address, element type, address
-    of scales, alpha, carry, omega) of the residual; (step, rank, seed); wire; scales of groups;
-    row of the piece, and which of its tiles. Without a residual (`remembers`) it takes half as many
-    registers.
+    Its arguments: four arrays of a unit, the last for grouped.py, as are signs; what the source is
+    given; (address, element type, address of scales, alpha, carry, omega) of the residual; (step,
+    rank, seed); wire; scales of groups; signs; row of the piece, and which of its tiles. Without a
+    residual (`remembers`) it takes half as many registers.
     """
     block, width, full = fmt.block, fmt.bits, fmt.block // 8
-    lanes = lanes_per_block(fmt.block)
+    lanes = lanes_per_block(fmt)
     blocks = LANES // lanes  # of a tile
     turns = -(-fmt.block // (UNIT * lanes))  # units that a lane takes one after the other
     once = turns == 1
@@ -134,7 +134,7 @@ def make(fmt: Format, coder: Coder, source: Source, *, remembers: bool) -> Funct
     renew = _renew(fmt, coder)
 
     @device
-    def emit(v, p, h, given, memory, random, wire, scales, row, tile):
+    def emit(v, p, h, y, given, memory, random, wire, scales, signs, row, tile):
         mine, unit = lane() // lanes, lane() % lanes
         b = tile * blocks + mine
         start = b * block

@@ -53,6 +53,12 @@ def unit_of_words():
     return cuda.local.array(32, u32)
 
 
+@cuda.jit(device=True, inline="always")
+def shared_floats():
+    """32 fp32 values for each of up to 128 threads of a block, in memory that they share."""
+    return cuda.shared.array(4096, f32)
+
+
 # ---- memory: addresses are int64, patterns uint32 -----------------------------------------------
 
 
@@ -225,6 +231,12 @@ def floor_bits(y):
 
 
 @device
+def exponent(n):
+    """The largest power of two in n > 0 is two to this."""
+    return i64(31) - i64(cuda.clz(i32(n)))
+
+
+@device
 def bytes4(a, b, c, d):
     """The lowest bytes of four words, as one word."""
     low = libdevice.byte_perm(i32(a), i32(b), i32(0x0040))
@@ -239,6 +251,24 @@ def bytes4(a, b, c, d):
 def lane():
     """Which of the 32 of its warp this thread is."""
     return i64(cuda.threadIdx.x & 31)
+
+
+@device
+def thread():
+    """Which of its block this thread is."""
+    return i64(cuda.threadIdx.x)
+
+
+@device
+def block():
+    """Which block of the launch this is."""
+    return i64(cuda.blockIdx.x)
+
+
+@device
+def blocks():
+    """Blocks of the launch."""
+    return i64(cuda.gridDim.x)
 
 
 @device
@@ -269,3 +299,33 @@ def warp_sum(total):
     for k in (16, 8, 4, 2, 1):
         total = add_f64(total, cuda.shfl_down_sync(EVERY_LANE, total, i32(k)))
     return cuda.shfl_sync(EVERY_LANE, total, i32(0))
+
+
+@device
+def sync_warp():
+    """What lanes wrote to shared memory before, all of the warp may read after."""
+    cuda.syncwarp()
+
+
+@device
+def sync_block():
+    """The same for all threads of a block."""
+    cuda.syncthreads()
+
+
+@device
+def exchange(x, other, k):
+    """other = the unit x of the lane whose number differs in bit k; all 32 must call."""
+    for i in range(32):
+        other[i] = cuda.shfl_xor_sync(EVERY_LANE, x[i], i32(k))
+
+
+@device
+def exchange4(a, b, c, d, k):
+    """The same of four numbers."""
+    return (
+        cuda.shfl_xor_sync(EVERY_LANE, a, i32(k)),
+        cuda.shfl_xor_sync(EVERY_LANE, b, i32(k)),
+        cuda.shfl_xor_sync(EVERY_LANE, c, i32(k)),
+        cuda.shfl_xor_sync(EVERY_LANE, d, i32(k)),
+    )

@@ -12,7 +12,7 @@ import torch
 from numba import types
 
 from commlib_kernels.formats import Format
-from commlib_kernels.launch import INTEGERS, NUMBERS, PLACES, Launch
+from commlib_kernels.launch import INTEGERS, LANES, NUMBERS, PLACES, Launch, lanes_per_block
 from commlib_kernels.numba_cuda import kernels
 from commlib_kernels.numba_cuda.jit import BLOCKS, SIMULATED, THREADS, kernel
 
@@ -26,19 +26,21 @@ def signature(function: Callable[..., Any]) -> Any:
 
 
 def run(fmt: Format, name: str, call: Launch, warps: int, device: torch.device) -> None:
-    """Queue one kernel on the current stream of a device, a warp for each tile."""
+    """Queue one kernel on the current stream of a device, a warp for each tile (or run, group)."""
     if warps == 0:
         return
-    blocks = min(-(-warps * 32 // THREADS), BLOCKS)
+    threads, blocks = THREADS, min(-(-warps * 32 // THREADS), BLOCKS)
+    if (lanes := lanes_per_block(fmt)) > LANES:  # a block of threads for each tile
+        threads, blocks = lanes, min(warps, BLOCKS)
     if SIMULATED:
         compiled, pick = _simulated(fmt, name)
-        compiled[blocks, THREADS](*pick(call.arguments.item()))
+        compiled[blocks, threads](*pick(call.arguments.item()))
         return
     if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             run(fmt, name, call, warps, device)
     else:
-        _launch(_loaded(fmt, name, device.index), blocks, call, device.index)
+        _launch(_loaded(fmt, name, device.index), blocks, call, device.index, threads)
 
 
 @cache
@@ -68,7 +70,7 @@ def _loaded(fmt: Format, name: str, index: int) -> _Loaded:
     return _Loaded(handle, np.array(fields, np.int64), dispatcher)
 
 
-def _launch(loaded: _Loaded, blocks: int, call: Launch, index: int) -> None:
+def _launch(loaded: _Loaded, blocks: int, call: Launch, index: int, threads: int = THREADS) -> None:
     """Hand a kernel to the driver. Numba's own launch takes 34 us of the host, this one 6."""
     from cuda.bindings import driver
 
@@ -76,7 +78,7 @@ def _launch(loaded: _Loaded, blocks: int, call: Launch, index: int) -> None:
     addresses = loaded.offsets + _address(call.words)
     stream = torch._C._cuda_getCurrentRawStream(index)
     (error,) = driver.cuLaunchKernel(
-        loaded.handle, blocks, 1, 1, THREADS, 1, 1, 0, stream, _address(addresses), 0
+        loaded.handle, blocks, 1, 1, threads, 1, 1, 0, stream, _address(addresses), 0
     )
     if error:
         raise RuntimeError(f"a kernel of numba_cuda was not launched: {error}")

@@ -27,7 +27,11 @@ mul, add, square_f64, add_f64 = _target.mul, _target.add, _target.square_f64, _t
 clamp, rint_bits, floor_bits = _target.clamp, _target.rint_bits, _target.floor_bits
 fp16_value, fp16_nearest = _target.fp16_value, _target.fp16_nearest
 lane, warp, warps = _target.lane, _target.warp, _target.warps
+thread, block, blocks = _target.thread, _target.block, _target.blocks
 warp_max, warp_sum = _target.warp_max, _target.warp_sum
+exchange, exchange4, exponent = _target.exchange, _target.exchange4, _target.exponent
+shared_floats = _target.shared_floats
+sync_warp, sync_block = _target.sync_warp, _target.sync_block
 
 
 @device

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from commlib_kernels import launch
 from commlib_kernels.formats import Format
 from commlib_kernels.launch import (
     CODE,
@@ -24,13 +25,16 @@ from commlib_kernels.launch import (
     UNIT,
     lanes_per_block,
 )
-from commlib_kernels.numba_cuda import coders, emit, exact, shared, sources
+from commlib_kernels.numba_cuda import coders, emit, exact, grouped, shared, sources
 from commlib_kernels.numba_cuda.coders import Coder
 from commlib_kernels.numba_cuda.jit import (
     add,
+    block,
+    blocks,
     device,
     lane,
     load64,
+    thread,
     unit_of_floats,
     unit_of_words,
     warp,
@@ -44,72 +48,106 @@ Function = Callable[..., Any]
 u32, f32 = np.uint32, np.float32
 
 
+def _tiles(fmt: Format) -> tuple[Function, Function, Function]:
+    """Functions: the first tile of a warp, the way to its next one, whether it has exact pieces.
+
+    Where 64 or 128 threads share a block, a CUDA block has a tile, and its first warp exact ones.
+    """
+    if lanes_per_block(fmt) <= LANES:
+        return warp, warps, always
+    return block, blocks, in_first_warp
+
+
+@device
+def always():
+    """True."""
+    return True
+
+
+@device
+def in_first_warp():
+    """Whether this thread is of its block's first warp."""
+    return thread() < LANES
+
+
 def _quantize(fmt: Format, coder: Coder, *, remembers: bool) -> Function:
-    code_tile = emit.make(fmt, coder, sources.tensor(fmt), remembers=remembers)
-    coded = fmt.kind != "raw"
+    if launch.grouped(fmt):
+        code_tile = grouped.emit(fmt, coder, grouped.tensor(fmt), remembers=remembers)
+    else:
+        code_tile = emit.make(fmt, coder, sources.tensor(fmt), remembers=remembers)
+    coded, (first, step_of, leads) = fmt.kind != "raw", _tiles(fmt)
 
     def quantize(
         pieces, piece_count, tiles, x, dtype, wire,
         residual, memory_kind, residual_scales, alpha, carry, omega,
-        step, step_at, rank, seed, scales,
+        step, step_at, rank, seed, scales, signs,
     ):  # fmt: skip
         """Code a tensor."""
         v = unit_of_floats()
         p = unit_of_words()
         h = unit_of_floats()
+        y = unit_of_floats()
         memory = residual, memory_kind, residual_scales, f32(alpha), f32(carry), f32(omega)
         if step_at != 0:
             step = load64(step_at)
         random = u32(step & 0xFFFFFFFF), u32(rank), u32(seed)
-        for tile in range(warp(), tiles, warps()):
+        for tile in range(first(), tiles, step_of()):
             row = row_of(pieces, piece_count, tile)
             t = tile - column(row, TILE)
             if column(row, FLAGS) & IS_EXACT:
-                start, n = exact.place(row, t)
-                source = x + size_of(dtype) * (column(row, OFFSET) + start)
-                target = wire + column(row, CODE) + size_of(dtype) * start
-                exact.copy(source, target, dtype, n)
+                if leads():
+                    start, n = exact.place(row, t)
+                    source = x + size_of(dtype) * (column(row, OFFSET) + start)
+                    target = wire + column(row, CODE) + size_of(dtype) * start
+                    exact.copy(source, target, dtype, n)
             elif coded:
-                code_tile(v, p, h, (x, dtype), memory, random, wire, scales, row, t)
+                code_tile(v, p, h, y, (x, dtype), memory, random, wire, scales, signs, row, t)
 
     return quantize
 
 
 def _reduce(fmt: Format, coder: Coder, *, remembers: bool) -> Function:
-    code_tile = emit.make(fmt, coder, sources.payloads(fmt, coder), remembers=remembers)
-    coded = fmt.kind != "raw"
+    if launch.grouped(fmt):
+        code_tile = grouped.emit(fmt, coder, grouped.total_of(fmt, coder), remembers=remembers)
+    else:
+        code_tile = emit.make(fmt, coder, sources.payloads(fmt, coder), remembers=remembers)
+    coded, (first, step_of, leads) = fmt.kind != "raw", _tiles(fmt)
 
     def reduce(
         pieces, piece_count, tiles, wires, payloads, stride, factor, wire, exact_dtype,
         residual, memory_kind, residual_scales, alpha, carry, omega,
-        step, step_at, rank, seed, scales,
+        step, step_at, rank, seed, scales, signs,
     ):  # fmt: skip
         """Sum the payloads of all ranks, and code the sum."""
         v = unit_of_floats()
         p = unit_of_words()
         h = unit_of_floats()
+        y = unit_of_floats()
         memory = residual, memory_kind, residual_scales, f32(alpha), f32(carry), f32(omega)
         if step_at != 0:
             step = load64(step_at)
         random = u32(step & 0xFFFFFFFF), u32(rank), u32(seed)
         given = wires, payloads, stride, f32(factor)
-        for tile in range(warp(), tiles, warps()):
+        for tile in range(first(), tiles, step_of()):
             row = row_of(pieces, piece_count, tile)
             t = tile - column(row, TILE)
             if column(row, FLAGS) & IS_EXACT:
-                start, n = exact.place(row, t)
-                place = column(row, CODE) + size_of(exact_dtype) * start
-                exact.total(given, place, exact_dtype, wire + place, exact_dtype, n)
+                if leads():
+                    start, n = exact.place(row, t)
+                    place = column(row, CODE) + size_of(exact_dtype) * start
+                    exact.total(given, place, exact_dtype, wire + place, exact_dtype, n)
             elif coded:
-                code_tile(v, p, h, given, memory, random, wire, scales, row, t)
+                code_tile(v, p, h, y, given, memory, random, wire, scales, signs, row, t)
 
     return reduce
 
 
 def _decode(fmt: Format, coder: Coder, *, dense: bool, plus: bool) -> Function:
     """A function that decodes a tile into the tensor at address x, or adds it there."""
+    if launch.grouped(fmt):
+        return grouped.decode(fmt, coder, dense=dense, plus=plus)
     block, full, even = fmt.block, fmt.block // 8, fmt.block % UNIT == 0
-    lanes = lanes_per_block(fmt.block)
+    lanes = lanes_per_block(fmt)
     idle = even and fmt.block // UNIT % lanes != 0
     blocks, turns = LANES // lanes, -(-fmt.block // (UNIT * lanes))
     unpack, value = sources.payload(fmt, coder).unpack, coder.value
@@ -117,7 +155,7 @@ def _decode(fmt: Format, coder: Coder, *, dense: bool, plus: bool) -> Function:
     offset = MEMORY if dense else OFFSET
 
     @device
-    def decode(v, p, h, given, x, dtype, row, tile):
+    def decode(v, p, h, given, x, dtype, signs, row, tile):
         b = tile * blocks + lane() // lanes
         start = b * block
         n = max(0, min(block, column(row, NUMEL) - start))
@@ -152,48 +190,55 @@ def _decode(fmt: Format, coder: Coder, *, dense: bool, plus: bool) -> Function:
 
 def _dense(fmt: Format, coder: Coder) -> Function:
     decode, coded = _decode(fmt, coder, dense=True, plus=False), fmt.kind != "raw"
+    first, step_of, leads = _tiles(fmt)
 
-    def dense(pieces, piece_count, tiles, wires, payloads, stride, factor, x, dtype, exact_dtype):
+    def dense(
+        pieces, piece_count, tiles, wires, payloads, stride, factor, x, dtype, exact_dtype, signs
+    ):  # fmt: skip
         """Sum the payloads of all ranks into the owner's chunk."""
         v = unit_of_floats()
         p = unit_of_words()
+        h = unit_of_floats()
         given = wires, payloads, stride, f32(factor)
-        for tile in range(warp(), tiles, warps()):
+        for tile in range(first(), tiles, step_of()):
             row = row_of(pieces, piece_count, tile)
             t = tile - column(row, TILE)
             if column(row, FLAGS) & IS_EXACT:
-                start, n = exact.place(row, t)
-                source = column(row, CODE) + size_of(exact_dtype) * start
-                target = x + size_of(dtype) * (column(row, MEMORY) + start)
-                exact.total(given, source, exact_dtype, target, dtype, n)
+                if leads():
+                    start, n = exact.place(row, t)
+                    source = column(row, CODE) + size_of(exact_dtype) * start
+                    target = x + size_of(dtype) * (column(row, MEMORY) + start)
+                    exact.total(given, source, exact_dtype, target, dtype, n)
             elif coded:
-                decode(v, p, v, given, x, dtype, row, t)
+                decode(v, p, h, given, x, dtype, signs, row, t)
 
     return dense
 
 
 def _dequantize(fmt: Format, coder: Coder, *, plus: bool) -> Function:
     decode, coded = _decode(fmt, coder, dense=False, plus=plus), fmt.kind != "raw"
+    first, step_of, leads = _tiles(fmt)
 
-    def dequantize(pieces, piece_count, tiles, x, dtype, wire):
+    def dequantize(pieces, piece_count, tiles, x, dtype, wire, signs):
         """Decode into a tensor, or add to it."""
         v = unit_of_floats()
         p = unit_of_words()
         h = unit_of_floats()
         given = wire, 1, 0, f32(1)
-        for tile in range(warp(), tiles, warps()):
+        for tile in range(first(), tiles, step_of()):
             row = row_of(pieces, piece_count, tile)
             t = tile - column(row, TILE)
             if column(row, FLAGS) & IS_EXACT:
-                start, n = exact.place(row, t)
-                source = wire + column(row, CODE) + size_of(dtype) * start
-                target = x + size_of(dtype) * (column(row, OFFSET) + start)
-                if plus:
-                    exact.accumulate(source, target, dtype, n)
-                else:
-                    exact.copy(source, target, dtype, n)
+                if leads():
+                    start, n = exact.place(row, t)
+                    source = wire + column(row, CODE) + size_of(dtype) * start
+                    target = x + size_of(dtype) * (column(row, OFFSET) + start)
+                    if plus:
+                        exact.accumulate(source, target, dtype, n)
+                    else:
+                        exact.copy(source, target, dtype, n)
             elif coded:
-                decode(v, p, h, given, x, dtype, row, t)
+                decode(v, p, h, given, x, dtype, signs, row, t)
 
     return dequantize
 
@@ -204,6 +249,8 @@ def resident(fmt: Format, name: str) -> int:
     Four leave a thread 128, three 168, two 255. Kernels with more to remember would spill some of
     it to memory.
     """
+    if launch.grouped(fmt) or fmt.table:
+        return 3 if name == "quantize" else 2
     normed = fmt.scale in ("l2", "mean") and not fmt.per_segment
     large = name == "quantize_residual" and (normed or fmt.kind in ("natural", "fp8"))
     large = large or (name == "reduce" and fmt.kind == "fp8")

@@ -1,7 +1,8 @@
 """The names of `gpu.py` in Numba's CUDA simulator, where a lane is a Python thread.
 
-The simulator has neither shuffles nor raw pointers. A block is one warp here, and blocks run one
-after the other: a list of 32 values and a barrier are all that lanes need to meet.
+The simulator has neither shuffles nor raw pointers. A block is one warp here, but where 64 or 128
+threads share a tile, and blocks run one after the other: a list of values and a barrier are all
+that threads need to meet.
 
 Numba's own block asks every lane again and again whether it waits, and takes more time than they
 do. Here it sleeps until they have ended.
@@ -189,6 +190,11 @@ def floor_bits(y: Any) -> Any:
     return u32(math.floor(y) & 0xFFFFFFFF)
 
 
+def exponent(n: Any) -> int:
+    """The largest power of two in n > 0 is two to this."""
+    return int(n).bit_length() - 1
+
+
 def bytes4(a: Any, b: Any, c: Any, d: Any) -> Any:
     """The lowest bytes of four words, as one word."""
     return u32(int.from_bytes([int(word) & 0xFF for word in (a, b, c, d)], "little"))
@@ -210,6 +216,7 @@ class Block:
         self._grid_dim, self._block_dim = grid, block  # as Numba's threads spell them
         self.board: list[Any] = [None] * math.prod(block)
         self.barrier = threading.Barrier(len(self.board), timeout=MEET_SECONDS)
+        self.shared = np.full(32 * len(self.board), np.nan, f32)  # nobody may count on zeros
 
     def run(self, place: tuple[int, ...], *args: Any) -> None:
         """Raise what a lane raised, when all have ended."""
@@ -250,33 +257,71 @@ def _all(value: Any) -> list[Any]:
     return values
 
 
+def shared_floats() -> Any:
+    """32 fp32 values for each thread of a block, which they share."""
+    current: Any = threading.current_thread()
+    return current._manager.shared
+
+
+def thread() -> int:
+    """Which of its block this thread is."""
+    current: Any = threading.current_thread()
+    return int(current.threadIdx.x)
+
+
 def lane() -> int:
     """Which of the 32 of its warp this thread is."""
-    thread: Any = threading.current_thread()
-    return int(thread.threadIdx.x)
+    return thread() & 31
 
 
-def warp() -> int:
-    """Which warp of the launch this is."""
-    thread: Any = threading.current_thread()
-    return int(thread.blockIdx.x)
+def block() -> int:
+    """Which block of the launch this is."""
+    current: Any = threading.current_thread()
+    return int(current.blockIdx.x)
 
 
-def warps() -> int:
-    """Warps of the launch."""
-    thread: Any = threading.current_thread()
-    return int(thread._manager._grid_dim[0])
+def blocks() -> int:
+    """Blocks of the launch."""
+    current: Any = threading.current_thread()
+    return int(current._manager._grid_dim[0])
+
+
+warp, warps = block, blocks
+"""Where a warp has a tile of its own, it is a block."""
+
+
+def sync_block() -> None:
+    """All threads of a block meet."""
+    current: Any = threading.current_thread()
+    current._manager.barrier.wait()
+
+
+sync_warp = sync_block
+
+
+def exchange(x: Any, other: Any, k: int) -> None:
+    """other = the unit x of the lane whose number differs in bit k."""
+    assert k < 32
+    other[:] = _all(x.copy())[thread() ^ k]
+
+
+def exchange4(*numbers: Any) -> tuple[Any, ...]:
+    """The same of four numbers; k is the last argument."""
+    assert numbers[4] < 32
+    found: tuple[Any, ...] = _all(numbers[:4])[thread() ^ numbers[4]]
+    return found
 
 
 def warp_max(m: Any, lanes: int) -> Any:
     """Maximum over groups of `lanes` neighbours."""
-    first = lane() // lanes * lanes
+    first = thread() // lanes * lanes
     return max(_all(m)[first : first + lanes])
 
 
 def warp_sum(total: Any) -> Any:
     """fp64 sum over the warp, in the order of the byte contract."""
-    values = _all(total)
+    first = thread() - lane()
+    values = _all(total)[first : first + 32]
     for k in (16, 8, 4, 2, 1):
         values[:k] = [a + b for a, b in zip(values[:k], values[k : 2 * k], strict=True)]
     return values[0]

@@ -89,18 +89,28 @@ def payload(fmt: Format, coder: Coder) -> Payload:
     return Payload(unpack, one)
 
 
-def payloads(fmt: Format, coder: Coder) -> Source:
-    """given: address, number and size of the payloads, and the factor of their sum."""
-    unpack, decode_one = payload(fmt, coder)
-    value = coder.value
+def total(fmt: Format, coder: Coder) -> Function:
+    """A function that sums a unit of all payloads, padding too; arguments as those of `fill`."""
+    unpack, value = payload(fmt, coder).unpack, coder.value
 
     @device
-    def fill(v, p, given, row, b, start, u, columns, real, whole):
+    def sum_up(v, p, given, row, b, start, u, columns, real, whole):
         # From +0, in the loop itself: clearing v before it would be a call that fills memory.
         for rank in range(given[1]):
             s = unpack(p, given[0] + rank * given[2], row, b, start, u, columns, real, whole)
             for i in range(UNIT):
                 v[i] = add(v[i] if rank > 0 else f32(0), value(p[i], s))
+
+    return sum_up
+
+
+def payloads(fmt: Format, coder: Coder) -> Source:
+    """given: address, number and size of the payloads, and the factor of their sum."""
+    decode_one, sum_up = payload(fmt, coder).one, total(fmt, coder)
+
+    @device
+    def fill(v, p, given, row, b, start, u, columns, real, whole):
+        sum_up(v, p, given, row, b, start, u, columns, real, whole)
         for i in range(UNIT):
             v[i] = mul(v[i], given[3])
         if not whole:
@@ -108,10 +118,10 @@ def payloads(fmt: Format, coder: Coder) -> Source:
 
     @device
     def one(given, row, b, start, e, columns):
-        total = f32(0)
+        found = f32(0)
         for rank in range(given[1]):
             wire = given[0] + rank * given[2]
-            total = add(total, decode_one(wire, row, b, start, e, columns))
-        return mul(total, given[3])
+            found = add(found, decode_one(wire, row, b, start, e, columns))
+        return mul(found, given[3])
 
     return Source(fill, one)
