@@ -4,7 +4,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from commlib_kernels.formats import Format
-from commlib_kernels.layout import Layout, Piece, pieces
+from commlib_kernels.layout import Layout, Piece, padded, pieces
 from commlib_kernels.sparse import MAX_NUMEL
 
 
@@ -35,7 +35,6 @@ def chosen(layout: Layout, fmt: Format, *, owner: bool = False) -> tuple[Chosen,
             )
         count = fmt.sparse.taken(p.numel)
         values = p._replace(x=x, numel=count, code=p.code + fmt.sparse.index_bytes(p.numel))
-        padded = -(-layout.sizes[p.segment] // fmt.block) * fmt.block
-        rows.append(Chosen(p, values, p.base % padded))
+        rows.append(Chosen(p, values, p.base % padded(layout.sizes[p.segment], fmt)))
         x += count
     return tuple(rows)

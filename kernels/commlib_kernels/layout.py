@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 
 from commlib_kernels.formats import Format
+from commlib_kernels.philox import SIGNS
 
 SECTION = 16
 """Bytes: sections and pieces start at multiples of this (128-bit loads on GPUs)."""
@@ -238,7 +239,7 @@ def pieces(layout: Layout, fmt: Format, *, owner: bool = False) -> tuple[Piece, 
                     numel=n,
                     code=raw if exact else code,
                     scale=scale,
-                    base=repetition * _padded(layout.sizes[segment], fmt) + a,
+                    base=repetition * padded(layout.sizes[segment], fmt) + a,
                     segment=segment,
                     exact=int(exact),
                     memory=own if owner else repetition * numel + dense_starts[segment] + a,
@@ -267,8 +268,14 @@ def blocks(sizes: tuple[int, ...], fmt: Format) -> int:
     return sum(-(-n // fmt.block) for n in sizes)
 
 
-def _padded(numel: int, fmt: Format) -> int:
-    return -(-numel // fmt.block) * fmt.block
+def padded(numel: int, fmt: Format) -> int:
+    """Elements from a segment's first repetition to its next, as random numbers count them.
+
+    Whole blocks; where these are rotated whole periods of the signs, which then are the same in all
+    repetitions: who sends one alone (all_gather) does not know its number.
+    """
+    unit = fmt.block if fmt.rotate is None else math.lcm(fmt.block, SIGNS)
+    return -(-numel // unit) * unit
 
 
 @lru_cache(maxsize=4096)
