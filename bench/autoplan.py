@@ -1,7 +1,7 @@
 """`auto` with plans beside `auto` without: seconds and bytes of a step on an emulated slow line.
 
     python -m bench.autoplan                     4 hosts at 200 Mbit/s, the 10.9M GPT, a few minutes
-    python -m bench.autoplan --model small --rate 50mbit --json
+    python -m bench.autoplan --model small --rate 20mbit --ranks 3 --steps 80 --json
 
 Two DDP models in the same processes take turns step by step, in an order that turns too, on the
 same batches from the same weights. Plans are made every EVERY steps, more often than by default;
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     top.add_argument("--rate", default="200mbit")
     top.add_argument("--ranks", type=int, default=4)
     top.add_argument("--steps", type=int, default=60)
-    top.add_argument("--json", action="store_true", help=f"replace {RESULTS.name}")
+    top.add_argument("--json", action="store_true", help=f"append to {RESULTS.name}")
     args = top.parse_args(words)
     args.command = shlex.join(["python", "-m", "bench.autoplan", *words])
     if "RANK" in os.environ:

@@ -23,6 +23,7 @@ def test_biased_codecs_need_feedback_and_it_is_enough() -> None:
                 Expected("sign+ef", None, "<= 1.15"),
                 Expected("int2+ef", None, "<= 1.15"),
                 Expected("topk:density=0.05|int8+ef", None, "<= 1.15"),
+                Expected("fp32+ef@thc", None, "<= 1.1"),
                 Expected("sign", None, ">= 1.8"),
                 Expected("topk|fp32", None, ">= 1.8"),
                 Expected("int2:round=nearest", None, ">= 1.5"),

@@ -271,8 +271,8 @@ def test_roundings_are_of_the_rank_rotations_of_all() -> None:
     def error(ranks: int) -> float:
         return float((on_ranks(ranks, "fp32", body)[0] - data(0, 4096)).square().sum())
 
-    clamped = 0.004  # which all ranks share
-    assert error(8) < error(2) * (2 / 8 + 2 * clamped / 0.01)
+    # of 0.0155 by rounding a W-th is left, of 0.0045 by clamping, which all ranks share, all
+    assert error(8) < 0.75 * error(2)
 
 
 def test_zeros_tiny_and_half_gradients() -> None:
