@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.compile_matrix import ARCHITECTURES, SAME_PTX, retargeted
+from bench.compile_matrix import ARCHITECTURES, QUICK, SAME_PTX, jobs, retargeted
 from commlib.codecs import codec
 from commlib_kernels import Layout, Memory, Tag, launch, nbytes, numba_cuda
 
@@ -61,6 +61,23 @@ class TestCompiling:
         for name, ptx in texts(arch).items():
             expected = retargeted(texts(source)[name], source, arch)
             assert unnumbered(expected) == unnumbered(ptx), name
+
+    def test_the_matrix_takes_every_part(self) -> None:
+        """All for all architectures with --all; else every file and kind for one at least."""
+        from commlib_kernels.cupy_cuda.build import FILES
+        from commlib_kernels.numba_cuda.build import FORMATS
+
+        def parts(everything: bool) -> dict[str, set[int]]:
+            found: dict[str, set[int]] = {}
+            for _, part, archs in jobs(("cupy_cuda", "numba_cuda"), ARCHITECTURES, everything):
+                found.setdefault(part, set()).update(archs)
+            return found
+
+        assert parts(True) == {part: set(ARCHITECTURES) for part in (*FILES, *FORMATS)}
+        assert set(QUICK) <= {*FILES, *FORMATS}
+        assert set(FILES) <= set(parts(False))
+        quick = [FORMATS[part] for part in parts(False) if part in FORMATS]
+        assert {fmt.kind for fmt in quick} == {fmt.kind for fmt in FORMATS.values()}
 
 
 @pytest.mark.skipif(SIMULATED, reason="the simulator is a device")
