@@ -297,7 +297,7 @@ def cases_of_shape(fmt: Format) -> Iterator[Case]:
 SQUEEZED = [
     *("fp32", "fp16", "fp8", "int8", "int5:block=64", "int4", "int3:block=96", "int2", "sign"),
     *("ternary:block=tensor", "natural", "eden3", "nf4", "rotate|int4:round=stochastic"),
-    *("grid4", "rotate|grid6"),
+    *("grid4", "rotate|grid6", "mxfp8", "mxfp4:block=64"),
 ]
 """Texts of inner codecs that reach every way of making symbols."""
 

@@ -139,9 +139,15 @@ class Entropy(Codec):
         """As `Codec.reduce`; `wires` are payloads without gaps, and nothing behind them.
 
         Returns: bytes used of `out`, where that is a wire.
+
+        Raises: RuntimeError: they are none of this layout, or more than it has ranks.
         """
         _on_cpu(self, out.device)
         count, size = len(kernels.squeezed_sizes(wires)), self.inner.nbytes(layout)
+        if count > layout.ranks:  # before there is memory for them: what came is not to be believed
+            raise RuntimeError(
+                f"{self}: {count} squeezed payloads arrived for a sum over {layout.ranks} ranks"
+            )
         fixed = torch.empty(count * size, dtype=torch.uint8)
         if size:
             kernels.expand(self.format, wires, fixed, layout)

@@ -212,6 +212,14 @@ def test_refusals(text: str, complaint: str) -> None:
         Scheme.parse(text)
 
 
+def test_more_payloads_than_ranks_are_refused() -> None:
+    c, layout = entropy("int4"), Layout((500,), ranks=2, align=128)
+    one = layout.only(0)
+    wires = squeezed(c, torch.ones(500), one).repeat(3)
+    with pytest.raises(RuntimeError, match="3 squeezed payloads arrived for a sum over 2 ranks"):
+        c.reduce(wires, torch.zeros(layout.chunk_numel(0)), one, Tag())
+
+
 def test_rotation_stands_before() -> None:
     with pytest.raises(ValueError, match="squeeze the rotation"):
         Rotated(Entropy(Int(4)))

@@ -40,7 +40,8 @@ GOLDEN = {
     ],
 }
 """Module in commlib/codecs -> texts."""
-SQUEEZED = [f"{text}|entropy" for text in ("int4", "int3", "fp8", "fp32", "bf16", "rotate|grid4")]
+INNER = ("int4", "int3", "fp8", "fp32", "bf16", "mxfp4", "rotate|grid4")
+SQUEEZED = [f"{text}|entropy" for text in INNER]
 """Texts of commlib/codecs/entropy.py."""
 TABLE = [(method, text) for method, texts in GOLDEN.items() for text in texts]
 TABLE += [("entropy", text) for text in SQUEEZED]
