@@ -28,7 +28,7 @@ CODECS += ("int8|entropy", "fp32|entropy", "rotate|int8", "topk:density=0.9|rota
 STEP = {"fp32": 0.0, "bf16": 2**-8, "int8": 0.5 / 127, "int4:round=stochastic": 1 / 7}
 STEP |= {"int8|entropy": 0.5 / 127, "fp32|entropy": 0.0}
 # 128 errors of half a step meet in one with random signs: 4 steps have a chance of 2 exp(-32), and
-# the largest rotated value is hardly 1.5 times the largest; and a tenth of a normal vector is small.
+# the largest rotated value is hardly 1.5 times the largest; a tenth of a normal vector is small.
 STEP |= {"rotate|int8": 6 / 127, "topk:density=0.9|rotate|int8": 6 / 127 + 0.1}
 
 
