@@ -44,7 +44,7 @@ CODECS = [
 
 CPU_CODECS = [
     *("mxfp8", "mxfp8:block=96", "mxfp8:round=stochastic", "mxfp4", "mxfp4:block=4096"),
-    *("grid4", "grid2:block=96", "grid6:block=4096", "rotate|grid3:block=256"),
+    *("grid4", "grid2:block=96", "grid6:block=4096", "rotate|grid3:block=256", "grid5"),
     *("rotate|mxfp8:block=128:round=stochastic", "rotate|mxfp4:block=256"),
 ]
 """The same of codecs that have no CUDA kernels yet."""

@@ -16,11 +16,13 @@ def row(name: str, bits: float, nmse: float, *, peer: bool = False, data: str = 
     return Row(data, name, peer, bits, nmse, bits - 0.5 * math.log2(1 / nmse), 1)
 
 
+POINTS = dict.fromkeys(frontier.GAPS, (3, 0.05))
+POINTS |= {"rotate|eden1": (1, 0.3), "rotate|eden2": (2, 0.1), "rotate|eden4": (4, 2.0**-7)}
 OURS = [
     row(text, bits, error, data=data)
     for data in ("normal", *frontier.ANY)
-    for text, bits, error in (("rotate|eden1", 1, 0.3), ("rotate|eden2", 2, 0.1))
-] + [row("rotate|eden4", 4, 2.0**-7, data=data) for data in ("normal", *frontier.ANY)]
+    for text, (bits, error) in POINTS.items()
+]
 
 
 def test_between_two_codecs_the_logarithm_of_the_error_is_a_straight_line() -> None:

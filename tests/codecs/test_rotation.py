@@ -103,7 +103,7 @@ def test_text_and_fields() -> None:
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("rotat|int4", "stage 'rotat' does not exist; allowed: rotate; did you mean 'rotate'"),
+        ("rotat|int4", "stage 'rotat' does not exist; allowed: rotate, topk, randk; did"),
         ("rotate:speed=3|int4", "option 'speed=3' is not known; allowed: seed"),
         ("rotate:seed=-1|int4", "seed=-1; allowed: 0 to"),
         ("rotate|rotate|int4", "already rotated"),
@@ -112,7 +112,7 @@ def test_text_and_fields() -> None:
         ("rotate|int4:block=96", "block=96; allowed: powers of two from 128"),
         ("rotate|nf4", "block=64; allowed: powers of two from 128"),
         ("rotate|", "'' does not exist"),
-        ("rotate", "codec 'rotate' does not exist"),
+        ("rotate", "rotate stands before a codec"),
     ],
 )
 def test_refusals(text: str, complaint: str) -> None:
