@@ -12,7 +12,7 @@ Bits are those of the wire with scales, tables, padding. NMSE = |Q(x) - x|^2 / |
 
 Our frontier at a number of bits is the least error of our codecs there, between two of them on the
 straight line of log NMSE over bits: what a policy reaches that gives some tensors one and some the
-other.
+other. To `fp32|entropy`, which loses nothing, the straight line is one of NMSE.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ OURS = (
     *(f"rotate|grid{bits}|entropy" for bits in range(2, 7)),
     *("int4|entropy", "rotate|int4:block=1024|entropy", "rotate|eden4|entropy"),
     *("sign", "ternary", "fp8", "fp8:block=32", "natural", "qsgd", "bf16", "fp16"),
+    *("fp16|entropy", "fp32|entropy"),
 )
 # Bits above the bound that each may have on normal data, and how many more on any other.
 GAPS = {"rotate|eden4": 0.70, "rotate|eden2": 0.50, "rotate|eden1": 0.32}
@@ -67,7 +68,7 @@ class Row:
     peer: bool
     bits: float
     nmse: float
-    gap: float
+    gap: float | None  # None where nothing is lost, or more than all
     numel: int
     device: str = field(default_factory=lambda: origin().device)
     versions: dict[str, str] = field(default_factory=lambda: origin().versions)
@@ -123,7 +124,7 @@ def measure(name: str, segments: Sequence[Tensor]) -> Iterator[Row]:
         error = decoded.double().flatten() - x.double()
         nmse = float(error @ error) / float(x.double() @ x.double())
         bits = 8 * nbytes / x.numel()
-        gap = bits - 0.5 * math.log2(1 / nmse) if 0 < nmse < 1 else math.nan
+        gap = bits - 0.5 * math.log2(1 / nmse) if 0 < nmse < 1 else None
         return Row(name, label, peer, bits, nmse, gap, x.numel())
 
     for text in OURS:
@@ -156,7 +157,7 @@ def _round_trip(c: Codec, x: Tensor, layout: Layout) -> tuple[int, Tensor]:
 
 
 def frontier(rows: Sequence[Row], bits: float) -> float:
-    """The least NMSE of `rows` at `bits`, between two on the straight line of log NMSE."""
+    """The least NMSE of `rows` at `bits`, between two on a straight line (see above)."""
     points = sorted((r.bits, math.log2(r.nmse)) for r in rows if 0 < r.nmse < 1)
     below = [p for p in points if p[0] <= bits]
     above = [p for p in points if p[0] > bits]
@@ -164,7 +165,11 @@ def frontier(rows: Sequence[Row], bits: float) -> float:
     for b0, e0 in below:
         for b1, e1 in above:
             best = min(best, e0 + (e1 - e0) * (bits - b0) / (b1 - b0))
-    return 2.0**best
+    whole = min((r.bits for r in rows if r.nmse == 0), default=math.inf)
+    if bits >= whole:
+        return 0.0
+    shared = (2.0**e0 * (whole - bits) / (whole - b0) for b0, e0 in below if whole < math.inf)
+    return min([2.0**best, *shared])
 
 
 def verdicts(rows: Sequence[Row]) -> list[tuple[str, str, bool]]:
@@ -172,10 +177,10 @@ def verdicts(rows: Sequence[Row]) -> list[tuple[str, str, bool]]:
     found = []
     by = {(r.data, r.codec): r for r in rows}
     for text, limit in GAPS.items():
-        normal = by["normal", text].gap
+        normal = by["normal", text].gap or math.inf
         found.append((f"{text}: gap on normal data <= {limit}", f"{normal:.3f}", normal <= limit))
         for data in ANY:
-            more = by[data, text].gap - normal
+            more = (by[data, text].gap or math.inf) - normal
             what = f"{text}: {data} at most {ELSEWHERE} above that"
             found.append((what, f"{more:+.3f}", more <= ELSEWHERE))
     for peer in (r for r in rows if r.peer):

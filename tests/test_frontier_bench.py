@@ -31,6 +31,9 @@ def test_between_two_codecs_the_logarithm_of_the_error_is_a_straight_line() -> N
     assert frontier.frontier(rows, 3) == pytest.approx(2.0**-4)
     assert frontier.frontier(rows, 9) == 2.0**-10
     assert frontier.frontier(rows, 1) == math.inf
+    whole = Row("normal", "whole", False, 14, 0.0, None, 1)
+    assert frontier.frontier([*rows, whole], 10) == pytest.approx(2.0**-11)
+    assert frontier.frontier([*rows, whole], 14) == 0
 
 
 def test_a_peer_that_is_better_misses_a_bar() -> None:
