@@ -95,7 +95,7 @@ def plan_messages(
         message: seconds of a message.
     """
     texts = list(dict.fromkeys(text for layer in layers for text in layer.schemes))
-    plans = [_one_each(layers, texts, budget, buckets)]
+    plans = [_one_each(layers, texts, budget, buckets, message)]
     for count in range(1, len(texts) + 1):
         for some in itertools.combinations(texts, count):
             rows = [row for layer in layers if (row := _only(layer, some)) is not None]
@@ -118,15 +118,26 @@ def _assigned(layers: Sequence[Layer], budget: float) -> Plan | None:
 
 
 def _one_each(
-    layers: Sequence[Layer], texts: Sequence[str], budget: float, buckets: Sequence[Collection[str]]
+    layers: Sequence[Layer],
+    texts: Sequence[str],
+    budget: float,
+    buckets: Sequence[Collection[str]],
+    message: float,
 ) -> Plan | None:
-    """The cheapest plan within `budget` that gives all layers of a bucket one scheme."""
+    """The cheapest plan within `budget` that gives all layers of a bucket one scheme.
+
+    Layers without a choice may have another, which is one more message.
+    """
     rows = []
     for number, names in enumerate(buckets):
         members = [layer for layer in layers if layer.name in names]
         fit = [t for t in texts if all(len(m.schemes) == 1 or t in m.schemes for m in members)]
         errors = [math.fsum(m.errors[m.place(t)] for m in members) for t in fit]
-        costs = [math.fsum(m.costs[m.place(t)] for m in members) for t in fit]
+        counts = [len({m.schemes[m.place(t)] for m in members}) for t in fit]
+        costs = [
+            math.fsum(m.costs[m.place(t)] for m in members) + message * count
+            for t, count in zip(fit, counts, strict=True)
+        ]
         if not fit:
             return None
         rows.append(Layer(str(number), 1, tuple(fit), tuple(errors), tuple(costs)))

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from commlib.planner import Curve, Errors, Prices, Profile, Speed, plan_messages
@@ -35,8 +35,13 @@ def tables(draw: st.DrawFn) -> tuple[list[Layer], float, list[list[str]], float]
     return layers, draw(st.floats(0, 30)), [names[:cut], names[cut:]], draw(st.floats(0, 20))
 
 
+ALIKE = Layer("a", 1, TEXTS, (0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
+FIXED = Layer("b", 1, TEXTS[2:], (0.0,), (0.0,))
+
+
 @settings(deadline=None, max_examples=200)
 @given(tables())
+@example(([ALIKE, FIXED], 0.0, [["a", "b"], []], 1.0))  # one message, not two
 def test_it_is_never_over_the_budget_and_beats_every_plan_of_one_scheme_a_bucket(
     table: tuple[list[Layer], float, list[list[str]], float],
 ) -> None:
