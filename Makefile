@@ -44,9 +44,10 @@ lint: $(VENV)/.installed-dev
 compile-matrix: $(VENV)/.installed-cuda-check   ## every CUDA kernel for sm_75 to sm_120, without a GPU: no spill, no fma
 	$(BIN)/python -m bench.compile_matrix $(ARGS)
 
+# Compilers and the simulator take minutes where CI gives them what the tests leave of the processors.
 test-cuda: $(VENV)/.installed-cuda-check   ## CUDA kernels without a GPU: how they compile, and the CUDA simulator
-	$(BIN)/python -m pytest -q tests/kernels/test_cupy_cuda.py tests/kernels/test_numba_cuda_build.py
-	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest -q tests/simulator $(ARGS)
+	$(BIN)/python -m pytest -q --timeout 900 tests/kernels/test_cupy_cuda.py tests/kernels/test_numba_cuda_build.py
+	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest -q --timeout 900 tests/simulator $(ARGS)
 
 gpu: gpu-check gpu-bench           ## on a machine with a GPU: check, then measure, into bench/results/gpu/
 

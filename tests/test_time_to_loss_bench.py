@@ -11,6 +11,7 @@ from bench.time_to_loss import PLAIN, Row, main, verdicts
 
 
 @pytest.mark.processes
+@pytest.mark.timeout(300)  # four processes that each start torch
 def test_steps_times_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import bench.time_to_loss as bench
 
