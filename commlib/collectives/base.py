@@ -16,8 +16,8 @@ whatever their timing. A message with a lane of its own (lane.py) always has the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 from typing import NamedTuple
 
@@ -177,6 +177,51 @@ def message(
     )
 
 
+def sum_up(
+    compressor: Compressor,
+    back: Compressor | None,
+    owner: Key,
+    got: torch.Tensor,
+    mine: torch.Tensor,
+    chunk: Layout,
+    pool: Pool,
+    *,
+    factor: float,
+    hold: tuple[int, ...],
+) -> int:
+    """Code the sum of all ranks' payloads `got` of my `chunk` into `mine`; the bytes used.
+
+    back: codes the sum, if another does than `compressor`. owner: key of the sum.
+    """
+    with span("reduce"):
+        if back is None:
+            return compressor.reduce(owner, got, mine, chunk, factor=factor, hold=hold)
+        (rank,) = chunk.payloads
+        buffer = pool.take(chunk.chunk_numel(rank) * chunk.dtype.itemsize)
+        dense = buffer.view(chunk.dtype)
+        compressor.reduce(owner, got, dense, chunk, factor=factor)
+        used = back.compress(owner, dense, mine, chunk.only(rank, dense=True), hold=hold)
+        pool.give(buffer)
+        return used
+
+
+@contextmanager
+def together(out: torch.Tensor, layout: Layout, pool: Pool) -> Iterator[torch.Tensor]:
+    """What sums go to, back to back: `out`, or a buffer where its segments lie apart.
+
+    layout: of one row. What is in the buffer at the end goes to its places.
+    """
+    if not layout.offsets:
+        yield out
+        return
+    buffer = pool.take(sum(layout.sizes) * out.itemsize)
+    dense = buffer.view(out.dtype)
+    yield dense
+    for place, sums in zip(runs(layout), dense.split(layout.sizes), strict=True):
+        out[place].copy_(sums)
+    pool.give(buffer)
+
+
 def fixed_sizes(scheme: Scheme) -> bool:
     """Whether sizes of messages depend on nothing but their layouts."""
     back = scheme.algorithm.back if isinstance(scheme.algorithm, TwoPhase) else None
@@ -214,4 +259,6 @@ __all__ = [
     "scale_",
     "scheme_wires",
     "span",
+    "sum_up",
+    "together",
 ]

@@ -37,6 +37,8 @@ from .base import (
     scale_,
     scheme_wires,
     span,
+    sum_up,
+    together,
 )
 from .pool import Pool
 
@@ -119,15 +121,7 @@ def gather_sums(
         yield pending
         chunk = part.only(rank)
         mine = pool.take(second.codec.nbytes(chunk))
-        with span("reduce"):
-            if back is None:
-                compressor.reduce(owner, got, mine, chunk, factor=factor, hold=hold)
-            else:
-                buffer = pool.take(chunk.chunk_numel(rank) * chunk.dtype.itemsize)
-                dense = buffer.view(chunk.dtype)
-                compressor.reduce(owner, got, dense, chunk, factor=factor)
-                back.compress(owner, dense, mine, part.only(rank, dense=True), hold=hold)
-                pool.give(buffer)
+        sum_up(compressor, back, owner, got, mine, chunk, pool, factor=factor, hold=hold)
         pool.give(got, wire)
         gathered = pool.take(mine.numel() * transport.size)
         with span("exchange"):
@@ -176,18 +170,13 @@ def reduce_scatter(
         with span("exchange"):
             exchanges.append(transport.all_to_all(got[-1], wires[number]))
     yield Step.ISSUED
-    # The sum comes out back to back.
-    buffer = pool.take(sum(layout.sizes) * out.itemsize) if layout.offsets else None
-    dense = out if buffer is None else buffer.view(out.dtype)
-    for number, part in enumerate(layouts):
-        yield exchanges[number]
-        with span("reduce"):
-            compressor.reduce(reduced_key(key), got[number], dense, part.only(rank), factor=factor)
-        pool.give(got[number], wires[number])
-    if buffer is not None:
-        for place, sums in zip(places, dense.split(layout.sizes), strict=True):
-            out[place].copy_(sums)
-        pool.give(buffer)
+    with together(out, layout, pool) as dense:
+        for number, part in enumerate(layouts):
+            yield exchanges[number]
+            share, mine = got[number], part.only(rank)
+            with span("reduce"):
+                compressor.reduce(reduced_key(key), share, dense, mine, factor=factor)
+            pool.give(share, wires[number])
 
 
 def all_gather(

@@ -31,8 +31,9 @@ from .base import (
     message,
     parts,
     reduced_key,
-    runs,
     span,
+    sum_up,
+    together,
 )
 from .pool import Pool
 
@@ -74,16 +75,9 @@ def all_reduce(
     def add_up(number: int) -> Announced:
         share, chunk = shares[number], layouts[number].only(rank)
         mine = pool.take(second.codec.nbytes(chunk))
-        with span("reduce"):
-            if back is None:
-                used = compressor.reduce(owner, share.got, mine, chunk, factor=factor, hold=hold)
-            else:
-                buffer = pool.take(chunk.chunk_numel(rank) * chunk.dtype.itemsize)
-                dense = buffer.view(chunk.dtype)
-                compressor.reduce(owner, share.got, dense, chunk, factor=factor)
-                place = chunk.only(rank, dense=True)
-                used = back.compress(owner, dense, mine, place, hold=hold)
-                pool.give(buffer)
+        used = sum_up(
+            compressor, back, owner, share.got, mine, chunk, pool, factor=factor, hold=hold
+        )
         pool.give(share.got, share.sent)
         return _announce_own(transport, mine[:used], chunk)
 
@@ -111,23 +105,18 @@ def reduce_scatter(
     slices: int | None = None,
 ) -> Steps:
     """Arguments as in `two_phase.reduce_scatter`; of more than one rank."""
-    places, rank = runs(layout), transport.rank
     layout = message(layout, compressor.codec, transport.size, stacked=True)
     begin(compressor, key)
     layouts = parts(compressor.codec, layout, slices)
     shares = yield from _scatter(x, transport, compressor, key, layouts, pool, ())
     yield Step.ISSUED
-    buffer = pool.take(sum(layout.sizes) * out.itemsize) if layout.offsets else None
-    dense = out if buffer is None else buffer.view(out.dtype)
-    for part, share in zip(layouts, shares, strict=True):
-        yield share.pending
-        with span("reduce"):
-            compressor.reduce(reduced_key(key), share.got, dense, part.only(rank), factor=factor)
-        pool.give(share.got, share.sent)
-    if buffer is not None:
-        for place, sums in zip(places, dense.split(layout.sizes), strict=True):
-            out[place].copy_(sums)
-        pool.give(buffer)
+    with together(out, layout, pool) as dense:
+        for part, share in zip(layouts, shares, strict=True):
+            yield share.pending
+            mine = part.only(transport.rank)
+            with span("reduce"):
+                compressor.reduce(reduced_key(key), share.got, dense, mine, factor=factor)
+            pool.give(share.got, share.sent)
 
 
 def all_gather(
