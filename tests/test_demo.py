@@ -184,9 +184,11 @@ def test_a_loss_run_of_coded_momentum_begins_as_plain(
     corpus: data.Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(SHAPES, "small", TINY)
-    monkeypatch.setattr(loss, "WARM_UP", 0.5)
     plain = loss.run(loss.Experiment("small", "adamw", 0, "fp32"), (3, 6), corpus)
-    coded = loss.run(loss.Experiment("small", "adamw", 0, "momentum:int4+ef"), (3, 6), corpus)
+    experiment = loss.Experiment("small", "adamw", 0, "momentum:int4+ef", warm_up=3)
+    coded = loss.run(experiment, (3, 6), corpus)
+    (asked,) = loss.Table("small", ("adamw",), (experiment.scheme,)).experiments(1, "fp32", 15)
+    assert asked == experiment
     assert coded[0].loss == pytest.approx(plain[0].loss, rel=1e-5)
     assert coded[1].loss == pytest.approx(plain[1].loss, rel=0.05)
     first, second = coded[0].sent, coded[1].sent

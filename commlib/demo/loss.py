@@ -63,6 +63,7 @@ class Experiment:
     batch: int = BATCH
     context: int = CONTEXT
     matmul: str = "fp32"
+    warm_up: int = 0  # plain steps before momentum is coded
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,18 @@ class Table:
     optimizers: tuple[str, ...]
     schemes: tuple[str, ...]
 
-    def experiments(self, seeds: int, matmul: str) -> list[Experiment]:
-        """Seeds outermost: a stopped table is a table of fewer seeds."""
+    def experiments(self, seeds: int, matmul: str, steps: int) -> list[Experiment]:
+        """Runs of `steps` steps, seeds outermost: a stopped table is a table of fewer seeds."""
+        first = max(1, round(WARM_UP * steps))
         return [
-            Experiment(self.model, optimizer, seed, scheme, matmul=matmul)
+            Experiment(
+                self.model,
+                optimizer,
+                seed,
+                scheme,
+                matmul=matmul,
+                warm_up=first if scheme.startswith(MOMENTUM) else 0,
+            )
             for seed in range(seeds)
             for optimizer in self.optimizers
             for scheme in self.schemes
@@ -104,8 +113,8 @@ TABLES = (Table("10M", ("adamw",), CORE), Table("small", ("adamw", "sgd"), ALL))
 
 def main(args: argparse.Namespace) -> int:
     """Run what is missing of the tables that were asked for, and print them."""
-    tables = _asked(args)
-    wanted = [e for asked in tables for e in asked.experiments(args.seeds, args.matmul)]
+    tables, steps = _asked(args), max(args.steps)
+    wanted = [e for asked in tables for e in asked.experiments(args.seeds, args.matmul, steps)]
     path = args.json or Path("commlib-demo-loss.jsonl")
     done = read(path)
     missing = [e for e in wanted if any((e, step) not in done for step in args.steps)]
@@ -124,7 +133,7 @@ def main(args: argparse.Namespace) -> int:
             append(path, rows)
             done.update({(row.experiment, row.step): row for row in rows})
     for asked in tables:
-        experiments = asked.experiments(args.seeds, args.matmul)
+        experiments = asked.experiments(args.seeds, args.matmul, steps)
         size = sum(p.numel() for p in GPT(SHAPES[asked.model]).parameters())
         for name in asked.optimizers:
             rows = [
@@ -252,7 +261,7 @@ def _of_momentum(
             model.named_parameters(),
             communicator,
             **{name: like[name] for name in ("lr", "betas", "eps", "weight_decay")},
-            warmup=max(1, round(WARM_UP * max(steps))),
+            warmup=experiment.warm_up,
             decoupled_weight_decay=True,
         )
         for step in range(max(steps)):

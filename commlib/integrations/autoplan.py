@@ -75,7 +75,10 @@ class AutoPlanner(Replanner):
 
     @classmethod
     def saved(cls, state: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> AutoPlanner:
-        """The planner that a state is of: it measures nothing anew."""
+        """The planner that a state is of: it measures nothing anew.
+
+        For a group where auto has just found nothing worth it, as the saved residuals need a plan.
+        """
         own, prices = Policy.parse(state["auto"]["own"]), state["auto"]["prices"]
         return cls(tensors, own, Prices.from_dict(prices))
 
@@ -172,7 +175,9 @@ class AutoPlanner(Replanner):
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         super().load_state_dict(state, device)
         mine = state["auto"]
-        self.own, self.prices = Policy.parse(mine["own"]), Prices.from_dict(mine["prices"])
+        prices = Prices.from_dict(mine["prices"])
+        if prices.size == self.prices.size:  # else what was measured here is of more worth
+            self.own, self.prices = Policy.parse(mine["own"]), prices
         self._planned = set(mine["planned"])
         self._buckets = [list(names) for names in mine["buckets"]]
 

@@ -30,7 +30,7 @@ from commlib.integrations.ddp_refusals import (
     device_of,
 )
 from commlib.integrations.replanning import TOLD, Replanner, Settings
-from commlib.integrations.state import PolicyLike, State
+from commlib.integrations.state import PolicyLike, State, parsed
 from commlib.planner.schemes import CANDIDATES, DEFAULT
 from commlib.policy import Policy, TensorInfo
 
@@ -160,6 +160,7 @@ class DDPState(State):
         self._bound = False  # to a model, whose parameters have names
         self._detached = False
         self._replanner: Replanner | None = None
+        self._follows = False  # a plan that came with a state
 
     @property
     def communicator(self) -> Communicator:
@@ -264,33 +265,38 @@ class DDPState(State):
         replanner.see(names, bucket.gradients(), last=bucket.is_last())
 
     def _planned(self) -> dict[str, Any]:
-        if self._replanner is None:
+        if self._replanner is None and not self._follows:
             return {}
-        return {"policy": self.communicator.policy.to_json(), **self._replanner.state_dict()}
+        more = {} if self._replanner is None else self._replanner.state_dict()
+        return {"policy": self.communicator.policy.to_json(), **more}
 
     def _load_planned(self, saved: Mapping[str, Any]) -> None:
         tensors, auto = self._tensors().get(GRADIENTS, {}), "auto" in saved
         if auto and self.policy != "auto":
             return  # the user has named another: what was saved must fit that
-        mine = self._replanner
-        if mine is None or (isinstance(mine, AutoPlanner) and not auto):
+        if self._replanner is None or (self._auto_plans() and not auto):
             self._replanner = AutoPlanner.saved(saved, tensors) if auto else None
         if self._replanner is None:
             log.warning(TOLD)
-        else:
+        elif "steps" in saved:
             device = self._device or torch.device("cpu")
             self._replanner.load_state_dict(saved, device)
         policy = Policy.parse(saved["policy"])
         self.communicator.take_policy(policy, auto=auto)
         if not auto:
-            self.policy = policy
+            self.policy, self._follows = policy, True
 
     def _reconfigure(
         self, policy: PolicyLike | None, seed: int | None, timeout: float | None
     ) -> None:
-        if policy is not None:
+        if policy is not None and not (self._auto_plans() and parsed(policy) == self.policy):
             self._replanner = None
+        if policy is not None and parsed(policy) != self.policy:
+            self._follows = False
         super()._reconfigure(policy, seed, timeout)
+
+    def _auto_plans(self) -> bool:
+        return isinstance(self._replanner, AutoPlanner)
 
     def _name(self, parameter: torch.Tensor) -> str:
         name = self._names.get(parameter)

@@ -268,10 +268,12 @@ class FSDPState(State):
         return found
 
     def _planned(self) -> dict[str, Any]:
-        return {
-            name: {"policy": self.communicators[name].policy.to_json(), **watched.state_dict()}
-            for name, watched in self._watched.items()
-        }
+        found = {}
+        for name in dict.fromkeys((*self._watched, *self._plans)):
+            watched = self._watched.get(name)
+            more = {} if watched is None else watched.state_dict()
+            found[name] = {"policy": self.communicators[name].policy.to_json(), **more}
+        return found
 
     def _load_planned(self, saved: Mapping[str, Any]) -> None:
         for name, planned in saved.items():
@@ -279,7 +281,7 @@ class FSDPState(State):
                 continue  # `_load` says what is wrong
             policy = self._plans[name] = Policy.parse(planned["policy"])
             self.communicators[name].take_policy(policy)
-            if name in self._watched:
+            if name in self._watched and "steps" in planned:
                 self._watched[name].replanner.load_state_dict(planned, self._groups[0].torch.device)
         if not self._watched:
             log.warning(TOLD)

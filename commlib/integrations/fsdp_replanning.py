@@ -36,7 +36,7 @@ class Watched:
         Before the first group of a step there may be one, in force then.
         """
         task, policy = torch._C._current_graph_task_id(), None
-        if task != self._task or segments.keys in self._seen:
+        if not self._seen or task != self._task or segments.keys in self._seen:
             self.settle()
             self._task = task
             policy = self.replanner.before_step(communicator)

@@ -182,12 +182,18 @@ class Replanner:
     def state_dict(self) -> dict[str, Any]:
         """Steps, and the table that the next step begins with: tensors and numbers."""
         state: dict[str, Any] = {"steps": self.steps}
+        if self.stopped:
+            state["stopped"] = True
         if self._errors is not None:
             state["table"] = self._errors.table.to("cpu", copy=True)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Go on from `state_dict()`. ValueError where its table is of other tensors or schemes."""
+        """Go on from `state_dict()`. ValueError where its table is of other tensors or schemes.
+
+        Where either has been stopped, there are no more plans.
+        """
+        self.stopped |= bool(state.get("stopped", False))
         errors = None
         if "table" in state:
             errors = self._table(device)
@@ -197,7 +203,7 @@ class Replanner:
                     f"parameters and schemes {tuple(errors.table.shape)}: replan() as it was saved"
                 )
             errors.table.copy_(state["table"])
-        self.steps, self._errors = state["steps"], errors
+        self.steps, self._errors = state["steps"], None if self.stopped else errors
 
 
 def _interchangeable(a: Scheme, b: Scheme) -> bool:

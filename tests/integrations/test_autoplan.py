@@ -141,7 +141,9 @@ def buckets_and_resuming_change_no_bit() -> None:
                 commlib.of(again).load_state_dict(saved["commlib"])
                 assert torch.equal(train(again, 6 - cut, start=cut), reference), (cut, rate)
                 assert schemes(again) == schemes(whole)
-            commlib.wrap(model, timeout=30.0)
+            commlib.wrap(
+                model, *(["auto"] if cut % 2 else []), timeout=30.0
+            )  # which changes nothing
             assert torch.equal(train(model, 6 - cut, start=cut), reference), cut
     plain = train(DDP(Deep()), 6)
     assert 0 < relative(reference, plain) < 0.01
@@ -161,6 +163,10 @@ def where_it_is_not_worth_it_auto_is_as_it_was() -> None:
         commlib.wrap(model, timeout=30.0)  # which does not begin them again
         train(model, 2, start=5)
         assert set(schemes(model).values()) == {OWN}
+        again = auto()  # nor does a state of it
+        again.module.load_state_dict(model.module.state_dict())
+        commlib.of(again).load_state_dict(commlib.of(model).state_dict())
+        assert torch.equal(train(again, 3, start=7), train(model, 3, start=7))
     with on_a_line(SLOW, coding=1e4):  # candidates that code too slowly
         model = auto()
         assert torch.equal(train(model, 5), plain)
@@ -190,6 +196,24 @@ def other_policies_end_it_and_take_over() -> None:
         assert set(schemes(model).values()) <= set(CANDIDATES)
 
 
+def other_numbers_of_ranks_keep_what_is_measured_here() -> None:
+    with on_a_line(SLOW):
+        model = auto()
+        train(model, 3)
+        mine = commlib.of(model)._replanner.state_dict()
+        there = {**mine["auto"]["prices"], "size": 8, "message": 7.0}
+        for prices, kept in ((there, False), (mine["auto"]["prices"], True)):
+            saved = {**mine, "auto": {**mine["auto"], "prices": prices, "own": '{"rules": []}'}}
+            again = auto()
+            measured = commlib.of(again)._replanner.own
+            if kept:
+                saved["auto"]["own"] = measured.to_json()
+            commlib.of(again)._replanner.load_state_dict(saved, torch.device("cpu"))
+            assert commlib.of(again)._replanner.own == measured
+            assert commlib.of(again)._replanner.prices.message != 7.0
+            assert commlib.of(again)._replanner._planned
+
+
 def a_step_that_is_not_finite_changes_nothing() -> None:
     with on_a_line(SLOW):
         model = auto()
@@ -213,6 +237,7 @@ def a_step_that_is_not_finite_changes_nothing() -> None:
         (buckets_and_resuming_change_no_bit, 2),
         (where_it_is_not_worth_it_auto_is_as_it_was, 2),
         (other_policies_end_it_and_take_over, 2),
+        (other_numbers_of_ranks_keep_what_is_measured_here, 2),
         (a_step_that_is_not_finite_changes_nothing, 2),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch.distributed._composable.replicate_with_fsdp import replicate
 
 import commlib
+from commlib.integrations.fsdp_groups import Segments
+from commlib.integrations.fsdp_replanning import Watched
 from commlib.integrations.ranked import ranked, unranked
 from commlib.planner import Errors, plan
 from commlib.policy import TensorInfo
@@ -202,6 +204,44 @@ def what_ends_it() -> None:
     differs(lambda: commlib.of(model).replan(2 + dist.get_rank()))
 
 
+def a_plan_without_replanning_stays_in_states() -> None:
+    first = planned()
+    steps(first, range(3))
+    state = commlib.of(first).state_dict()
+    for _ in range(2):
+        model = commlib.wrap(sharded(net()), "int4+ef")
+        commlib.of(model).load_state_dict(state)
+        assert chosen(model) == chosen(first)
+        steps(model, range(3, 5))
+        state = commlib.of(model).state_dict()
+
+
+def saving_ends_a_step_outside_of_autograd() -> None:
+    """As pipelines reduce: what is due is planned in the next step, whoever saves before it."""
+    begun = []
+
+    class Spy:
+        def before_step(self, communicator: Any) -> None:
+            begun.append(seen[-1])
+
+        def see(self, names: Any, gradients: Any, *, last: bool) -> None:
+            pass
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+    watched: Any = Watched(Spy())  # type: ignore[arg-type]
+    seen = []
+    for step in range(3):
+        for key in "ab":
+            seen.append((step, key))
+            segments = Segments((key,), (4,), (1,), (4,))
+            watched.see(None, segments, torch.zeros(4))
+        if step == 0:
+            watched.state_dict()
+    assert begun == [(0, "a"), (1, "a"), (2, "a")]
+
+
 @pytest.mark.parametrize(
     ("case", "ranks"),
     [
@@ -212,6 +252,8 @@ def what_ends_it() -> None:
         (replicas_plan_too, 4),
         (other_numbers_of_ranks_take_the_plan, 2),
         (what_ends_it, 2),
+        (a_plan_without_replanning_stays_in_states, 2),
+        (saving_ends_a_step_outside_of_autograd, 1),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

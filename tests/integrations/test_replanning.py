@@ -137,6 +137,18 @@ def resume_is_bitwise() -> None:
         assert torch.equal(train(third, 6 - cut, start=cut), uninterrupted), cut
 
 
+def a_plan_without_replanning_stays_in_states() -> None:
+    first = planned()
+    train(first, 3)
+    state = commlib.of(first).state_dict()
+    for _ in range(2):
+        model = commlib.wrap(DDP(Deep(), **SMALL), "int4+ef")
+        commlib.of(model).load_state_dict(state)
+        assert chosen(model) == chosen(first)
+        train(model, 2, start=3)
+        state = commlib.of(model).state_dict()
+
+
 def other_ranks_take_the_plan_but_not_the_table() -> None:
     model = planned()
     train(model, 4)
@@ -234,6 +246,7 @@ def seconds_decide() -> None:
     [
         (one_plan_from_all_ranks, 3),
         (buckets_make_no_difference, 2),
+        (a_plan_without_replanning_stays_in_states, 2),
         (resume_is_bitwise, 2),
         (other_ranks_take_the_plan_but_not_the_table, 2),
         (a_step_that_is_not_finite_changes_nothing, 2),
