@@ -262,7 +262,7 @@ class Communicator(Engine):
         check_all_to_all(out, x, out_splits, in_splits, self.size)
         even = out_splits is None or in_splits is None
         op = "all_to_all" if even else "all_to_all of parts"
-        if not even and not is_exact():
+        if not even and not is_exact() and (scheme is not None or x.dtype in DTYPES):
             rules = [rule.scheme for rule in self.policy.rules if rule.role in (None, role)]
             for one in rules if scheme is None else [scheme]:
                 check_fixed_size(parse_scheme(one).codec, op, "equal parts")

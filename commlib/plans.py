@@ -267,8 +267,8 @@ def _carries_raw(scheme: Scheme, exactly: AlgorithmConfig, dtype: torch.dtype) -
 
 def _states(scheme: Scheme, key: Key) -> frozenset[str]:
     """Names of what a message changes: residuals, and the places of random streams."""
-    inner = scheme.algorithm.inner if isinstance(scheme.algorithm, Hierarchical) else None
-    stochastic = any(c.format.draws for c in (scheme.codec, inner) if c is not None)
+    others = (getattr(scheme.algorithm, name, None) for name in ("inner", "back"))
+    stochastic = any(c.format.draws for c in (scheme.codec, *others) if c is not None)
     stochastic = stochastic or isinstance(scheme.algorithm, Thc)
     if not scheme.remembers and not stochastic:
         return frozenset()

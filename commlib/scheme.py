@@ -8,8 +8,9 @@
 
 A value in parentheses is taken as it stands, so that a codec with options can be an option itself:
 `back=(int4:block=64)`.
-The algorithm is left out where it is the codec's default: `native` for fp32, whose payloads the
-network itself adds (bitwise the library's own collective), `two_phase` for all others.
+The algorithm is left out where it is the codec's default: `native` for fp32 (bitwise the library's
+own collective) and `randk|fp32`, whose payloads the network itself adds in fp32; for all others
+`two_phase`.
 """
 
 from __future__ import annotations

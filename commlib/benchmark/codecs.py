@@ -26,7 +26,7 @@ from .rows import CodecRow
 from .timing import Ratio, interleave, paired_ratio, percentile, rounds_within
 
 PAYLOADS = 4  # what a fused reduce adds up, as with four ranks
-STAGED = ("topk|bf16", "topk:block=1024|bf16", "randk|bf16")
+STAGED = ("topk|bf16", "topk:block=1024|bf16", "randk|bf16", "int4|entropy", "fp32|entropy")
 """What is measured by default beside every codec of the table."""
 OPERATIONS = ("encode", "encode+ef", "stochastic", "decode", "decode+add", "reduce4", "reduce4+ef")
 

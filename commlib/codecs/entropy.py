@@ -140,11 +140,11 @@ class Entropy(Codec):
 
         Returns: bytes used of `out`, where that is a wire.
 
-        Raises: RuntimeError: they are none of this layout, or more than it has ranks.
+        Raises: RuntimeError: they are none of this layout, or not one for each of its ranks.
         """
         _on_cpu(self, out.device)
         count, size = len(kernels.squeezed_sizes(wires)), self.inner.nbytes(layout)
-        if count > layout.ranks:  # before there is memory for them: what came is not to be believed
+        if count != layout.ranks:  # before there is memory for them: who knows what came
             raise RuntimeError(
                 f"{self}: {count} squeezed payloads arrived for a sum over {layout.ranks} ranks"
             )

@@ -51,6 +51,11 @@ def all_to_all(
     pool.give(wire, got)
 
 
+PARTS = "|parts"
+"""The key of parts that have none: how many of them a rank codes is its own affair, and must not
+move the stream of random numbers that anonymous messages of all ranks share."""
+
+
 def all_to_all_split(
     out: torch.Tensor,
     x: torch.Tensor,
@@ -84,8 +89,8 @@ def all_to_all_split(
             if compressor is None:
                 place.copy_(part.contiguous().view(torch.uint8))
             else:
-                compressor.advance(None)
-                compressor.compress(None, part, place, layout)
+                compressor.advance(PARTS)
+                compressor.compress(PARTS, part, place, layout)
     while not (yield Step.PARKED):
         pass
     with span("exchange"):
@@ -99,7 +104,7 @@ def all_to_all_split(
             if compressor is None:
                 part.view(torch.uint8).copy_(place)
             else:
-                compressor.decompress(None, place, part, layout)
+                compressor.decompress(PARTS, place, part, layout)
     pool.give(wire, got)
 
 

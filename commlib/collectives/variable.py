@@ -198,7 +198,7 @@ def broadcast(
             return Announced(transport.broadcast(size, src), size, size, wire, part)
 
     def send(slot: Announced) -> Exchange:
-        used = _checked(transport, codec, slot.layout, slot.theirs)[0]
+        (used,) = _checked((transport.ranks[src],), codec, slot.layout, slot.theirs)
         wire = slot.wire[:used]
         with span("exchange"):
             return Exchange(transport.broadcast(wire, src), wire, wire)
@@ -238,7 +238,7 @@ def _scatter(
         return Announced(pending, theirs, mine, wire[: sum(sizes)], part)
 
     def send(slot: Announced) -> Exchange:
-        into = _checked(transport, codec, slot.layout.only(rank), slot.theirs)
+        into = _checked(transport.ranks, codec, slot.layout.only(rank), slot.theirs)
         got = pool.take(sum(into))
         with span("exchange"):
             pending = transport.all_to_all(
@@ -285,7 +285,7 @@ def _announce_own(transport: Transport, payload: torch.Tensor, layout: Layout) -
 
 def _gather(transport: Transport, slot: Announced, codec: Codec, pool: Pool) -> Exchange:
     """The ranks' payloads, each in a slot of the largest size."""
-    largest = max(_checked(transport, codec, slot.layout, slot.theirs))
+    largest = max(_checked(transport.ranks, codec, slot.layout, slot.theirs))
     # what was taken from the pool may be shorter than a slot, where others' payloads are longer
     mine = pool.take(largest)
     mine[: slot.wire.numel()] = slot.wire
@@ -315,16 +315,17 @@ def _decode(
     pool.give(exchange.got, exchange.sent)
 
 
-def _checked(transport: Transport, codec: Codec, layout: Layout, sizes: torch.Tensor) -> list[int]:
-    """Sizes that came, by rank. RuntimeError where a payload of `layout` cannot have one."""
+def _checked(ranks: Sequence[int], codec: Codec, layout: Layout, sizes: torch.Tensor) -> list[int]:
+    """Sizes that came from `ranks`. RuntimeError where a payload of `layout` cannot have one."""
     found = _read(sizes)
     most = codec.nbytes(layout)
-    for rank, size in enumerate(found):
-        if not 0 <= size <= most or size % SECTION:
+    least = most if codec.fixed_size else SECTION  # of a header alone
+    for rank, size in zip(ranks, found, strict=True):
+        if not least <= size <= most or size % SECTION:
             raise RuntimeError(
-                f"rank {transport.ranks[rank]} announced a payload of {size} bytes under {codec}; "
-                f"it may have up to {most}, a multiple of {SECTION}: ranks do not send the same "
-                "message, or one is broken"
+                f"rank {rank} announced a payload of {size} bytes under {codec}; it may have "
+                f"{least} to {most}, a multiple of {SECTION}: ranks do not send the same message, "
+                "or one is broken"
             )
     return found
 

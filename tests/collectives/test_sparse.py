@@ -123,6 +123,41 @@ def test_messages_in_flight_keep_their_own_choices(scheme: str) -> None:
     assert len(choices) == 8
 
 
+def test_messages_keep_the_choices_of_their_second_half() -> None:
+    def body(c: Communicator) -> list[torch.Tensor]:
+        xs = [torch.ones(4000) for _ in range(8)]
+        works = [c.all_reduce(x, async_op=True) for x in xs]
+        for work in works:
+            work.wait()
+        return xs
+
+    scheme = "bf16@two_phase:back=(randk:density=0.2:scale=none|fp32)"
+    runs = [on_ranks(3, only(scheme), body) for _ in range(2)]
+    for one, two in zip(runs[0][0], runs[1][2], strict=True):
+        assert torch.equal(one, two)
+    assert len({tuple((x != 0).tolist()) for x in runs[0][0]}) == 8
+
+
+@pytest.mark.parametrize("algorithm", ["native", "two_phase"])
+def test_ranks_choose_alike_after_parts_that_only_some_of_them_code(algorithm: str) -> None:
+    """Small parts travel raw, so the ranks code different numbers of them."""
+
+    def body(c: Communicator) -> torch.Tensor:
+        mine = [[4000, 1], [1, 1]][c.rank]
+        theirs = [[4000, 1], [1, 1]][c.rank]
+        out, x = torch.empty(sum(theirs)), torch.ones(sum(mine))
+        c.all_to_all(out, x, out_splits=theirs, in_splits=mine).wait()
+        total = torch.arange(4000.0) + 1
+        c.all_reduce(total).wait()
+        return total
+
+    scheme = f"randk:density=0.1:scale=none|fp32@{algorithm}"
+    found = on_ranks(2, only(scheme), body)
+    assert torch.equal(found[0], found[1])
+    kept = found[0] != 0
+    assert torch.equal(found[0][kept], 2 * (torch.arange(4000.0) + 1)[kept])
+
+
 @pytest.mark.parametrize("scheme", ["topk:density=0.3|bf16", "randk:density=0.3:scale=none|int8"])
 def test_the_other_collectives_carry_them(scheme: str) -> None:
     """Rows of a gather and of a reduce_scatter decode to what was chosen of them."""
