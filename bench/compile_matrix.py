@@ -32,8 +32,8 @@ SAME_PTX = {80: 75, 86: 75, 89: 75, 90: 75, 120: 100}
 """NVVM writes the same PTX for both, but for the line that names the target: it is written once
 and assembled for each. tests/kernels/test_numba_cuda_build.py sees to it that this is so."""
 CUPY, NUMBA = "cupy_cuda", "numba_cuda"
-QUICK = {"rotated": (90,), "tables": (75, 90), "nf4": (90,), "eden4_4096": (90,)}
-QUICK |= {"rotate_eden2": (90,), "rotate_qsgd": (90,)}
+QUICK = {"rotated": (90,), "tables": (75, 90)}
+QUICK |= dict.fromkeys(("nf4", "eden4_4096", "rotate_eden2", "rotate_qsgd"), (90,))
 """Parts that are compiled for these only, without --all: tables and rotations are put together from
 what other parts have, and would take as long as all of these."""
 
