@@ -1,9 +1,36 @@
 """Optimizers that talk less, or that use the time in which others wait."""
 
+from commlib.optim.center import Center
+from commlib.optim.downpour import Downpour
+from commlib.optim.easgd import EASGD, stable
 from commlib.optim.ef21 import EF21
+from commlib.optim.gathered import Gathered
+from commlib.optim.link import Link, local
 from commlib.optim.onebit_adam import OneBitAdam
 from commlib.optim.pipeline import Pipeline
 from commlib.optim.pprs import GD, PPRS, Nesterov
+from commlib.optim.rules import Add, Averaged, Momentum
+from commlib.optim.serving import Server, connect
 from commlib.optim.ticks import Schedule
 
-__all__ = ["EF21", "GD", "PPRS", "Nesterov", "OneBitAdam", "Pipeline", "Schedule"]
+__all__ = [
+    "EASGD",
+    "EF21",
+    "GD",
+    "PPRS",
+    "Add",
+    "Averaged",
+    "Center",
+    "Downpour",
+    "Gathered",
+    "Link",
+    "Momentum",
+    "Nesterov",
+    "OneBitAdam",
+    "Pipeline",
+    "Schedule",
+    "Server",
+    "connect",
+    "local",
+    "stable",
+]

@@ -1,0 +1,85 @@
+"""DOWNPOUR: a worker trains alone for `period` steps, pushes how far it got, and begins anew.
+
+::
+
+    u    = Q(x_i - m)       m is where it began; what Q leaves out waits in a residual (+ef)
+    xc  <- xc + u
+    x_i <- m <- xc
+
+The rule of the centre makes the variants: `Add` is DOWNPOUR (period 1: asynchronous SGD),
+`Momentum` MDOWNPOUR (period 1 alone), `Averaged` ADOWNPOUR and MVADOWNPOUR.
+
+Sources: Dean et al., "Large Scale Distributed Deep Networks", NIPS 2012; Zhang, Choromanska, LeCun,
+arXiv 1412.6651, section 5.1 and algorithms 3 to 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from commlib.optim.center import flat, spread
+from commlib.optim.easgd import check_params
+from commlib.optim.link import Elastic
+from commlib.optim.ticks import check_count
+
+
+class Downpour:
+    """A worker of DOWNPOUR around any torch optimizer; used as `EASGD`.
+
+    Args:
+        optimizer: of this worker; its parameters, in its order, are those of the link.
+        center: a `Link`.
+        period: steps from one push to the next.
+
+    Raises: ValueError: a period below 1.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, center: Elastic, *, period: int = 1
+    ) -> None:
+        check_count("Downpour: period", period)
+        self.optimizer, self.center, self.period = optimizer, center, period
+        self._params = [p for group in optimizer.param_groups for p in group["params"]]
+        self.steps = 0
+        self._begin()
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """The optimizer's step, and a push where it is time; what `closure` returned.
+
+        Raises: RuntimeError: the centre is gone.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.optimizer.step()
+        self.steps += 1
+        if self.steps % self.period == 0:
+            self.center.push(flat(self._params) - self._start)
+            self.center.pull()
+            self._begin()
+        return loss
+
+    def _begin(self) -> None:
+        self._start = self.center.copy.clone()
+        spread(self._start, self._params)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parameters, where they began, the optimizer's state and the number of steps."""
+        return {
+            "params": flat(self._params),
+            "start": self._start.clone(),
+            "optimizer": self.optimizer.state_dict(),
+            "steps": self.steps,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`. ValueError: of another number of parameters."""
+        check_params("Downpour", state, self._params)
+        self.optimizer.load_state_dict(state["optimizer"])
+        spread(state["params"], self._params)
+        self._start = state["start"].clone()
+        self.steps = int(state["steps"])

@@ -1,0 +1,52 @@
+"""Gathered: the centre of synchronous methods, which every rank keeps, and all move together.
+
+A push is an all-gather of the ranks' coded updates: every rank decodes all of them, its own too,
+and adds them in rank order, so the centres stay alike bit for bit without being sent. A rank sends
+W-1 payloads, and nothing is coded twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from commlib.communicator import Communicator
+from commlib.optim.center import Shape, flat
+from commlib.scheme import Role
+
+
+class Gathered:
+    """See above; `pull` costs nothing.
+
+    Args:
+        params: named tensors. The ranks' must be alike at first: by one seed, or broadcast.
+        communicator: of the ranks; its policy says how updates travel, without feedback.
+
+    Raises: ValueError: parameters of several dtypes.
+    """
+
+    def __init__(
+        self, params: Iterable[tuple[str, torch.Tensor]], communicator: Communicator
+    ) -> None:
+        named = list(params)
+        self.communicator = communicator
+        self._shape = Shape.of(named)
+        self._ndims = tuple(tensor.ndim for _, tensor in named)
+        self.copy = flat(tensor for _, tensor in named)
+
+    def pull(self) -> torch.Tensor:
+        """The centre."""
+        return self.copy
+
+    def push(self, update: torch.Tensor) -> torch.Tensor:
+        """Add the updates of all ranks; returns what was added of this one's."""
+        rows = update.new_empty(self.communicator.size, update.numel())
+        sizes = self._shape.sizes
+        self.communicator.all_gather_segments(
+            rows, update, self._shape.names, sizes, self._ndims, sizes, role=Role.OTHER
+        ).wait()
+        torch.nan_to_num_(rows, nan=0.0, posinf=0.0, neginf=0.0)
+        for row in rows:
+            self.copy += row
+        return rows[self.communicator.rank]
