@@ -23,12 +23,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from commlib.optim.center import HEADER, Center, Kind, Message
 from commlib.optim.link import EMPTY, Link
 
 logger = logging.getLogger("commlib")
+
+c10d: Any = distributed_c10d  # much of it is missing from the stubs
 
 TIMEOUT = 600.0
 POLL = 0.02  # seconds between looks for new workers
@@ -49,9 +51,7 @@ class Pipe:
 
     def __init__(self, store: Any, place: int, timeout: float, most: int) -> None:
         self._peer, self._most = 1 - place, most
-        self._group: Any = dist.ProcessGroupGloo(
-            store, place, 2, datetime.timedelta(seconds=timeout)
-        )
+        self._group = c10d.ProcessGroupGloo(store, place, 2, datetime.timedelta(seconds=timeout))
         _kept.append(self._group)
 
     def send(self, message: Message) -> None:
@@ -93,13 +93,13 @@ class Server:
 
     Args:
         center: the centre. It may be read, saved and changed meanwhile.
-        store: where workers look for it.
+        store: of torch.distributed, where workers look for it.
         name: of the centre in the store, for several in one (shards, nodes of a tree).
         timeout: seconds after which a worker that says nothing is dropped.
     """
 
     def __init__(
-        self, center: Center, store: dist.Store, *, name: str = "center", timeout: float = TIMEOUT
+        self, center: Center, store: Any, *, name: str = "center", timeout: float = TIMEOUT
     ) -> None:
         self.center, self.name, self.timeout = center, name, timeout
         self._store = store
@@ -135,7 +135,7 @@ class Server:
             return tuple(self._links)
 
     def wait(self, workers: Iterable[str], timeout: float | None = None) -> bool:
-        """Block until all these workers have left by `Link.close`; False after `timeout` seconds."""
+        """Block until all these have left by `Link.close`; False after `timeout` seconds."""
         wanted = set(workers)
         with self._changed:
             return self._changed.wait_for(lambda: wanted <= self._left, timeout)
@@ -166,7 +166,7 @@ class Server:
         left = False
         try:
             # a store's client waits with its lock held, for a worker that may be dead by now
-            place = dist.PrefixStore(f"{self.name}/link/{number}", self._store.clone())
+            place = c10d.PrefixStore(f"{self.name}/link/{number}", self._store.clone())
             pipe = Pipe(place, CENTER, self.timeout, self._most)
             while not left:
                 message = pipe.recv()
@@ -191,7 +191,7 @@ class Server:
 
 
 def connect(
-    store: dist.Store,
+    store: Any,
     params: Iterable[tuple[str, torch.Tensor]],
     worker: str,
     *,
@@ -212,5 +212,5 @@ def connect(
     most = sum(tensor.nbytes for _, tensor in pairs) + ROOM
     number = store.add(f"{name}/arrivals", 1)
     store.set(f"{name}/arrival/{number}", worker)
-    pipe = Pipe(dist.PrefixStore(f"{name}/link/{number}", store), WORKER, timeout, most)
+    pipe = Pipe(c10d.PrefixStore(f"{name}/link/{number}", store), WORKER, timeout, most)
     return Link(pipe, pairs, worker, state)
