@@ -12,6 +12,7 @@ from commlib.optim.pprs import GD, PPRS, Nesterov
 from commlib.optim.rules import Add, Averaged, Momentum
 from commlib.optim.serving import Server, connect
 from commlib.optim.ticks import Schedule
+from commlib.optim.tree import Node
 
 __all__ = [
     "EASGD",
@@ -26,6 +27,7 @@ __all__ = [
     "Link",
     "Momentum",
     "Nesterov",
+    "Node",
     "OneBitAdam",
     "Pipeline",
     "Schedule",

@@ -20,7 +20,7 @@ import json
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import IntEnum, StrEnum
 from typing import Any, NamedTuple, Protocol
 
@@ -122,6 +122,8 @@ class Center:
         self.delays: Counter[int] = Counter()
         """How many updates were made on values so many updates old."""
         self.lock = threading.RLock()
+        self.after: Callable[[int], None] | None = None
+        """Called with the version after an update, by the thread of the worker that pushed it."""
         self.bytes_sent = self.bytes_received = 0
         self._sessions: dict[str, Session] = {}
         Session(self, "")  # a codec that cannot serve is refused here, not when a worker comes
@@ -148,8 +150,10 @@ class Center:
         with self.lock:
             delay = self.version - source
             self.rule.apply(self.values, update, delay)
-            self.version += 1
+            self.version = version = self.version + 1
             self.delays[delay] += 1
+        if self.after is not None:
+            self.after(version)
 
     def copy_to(self, params: Iterable[torch.Tensor], values: torch.Tensor | None = None) -> None:
         """Write the values (or others of the same shape) to parameters in their order."""
