@@ -6,9 +6,9 @@ and step, 600 steps, loss of the centre over all training images. Workers take t
 one step each, in the same order, so runs are alike to the bit.
 
     period    EASGD (eta .4), EAMSGD (Nesterov .9, eta .05) and DOWNPOUR at its best step, by tau
-    coded     the exchange at tau = 16 under codecs, both ways; bytes by the links' own counters over
-              those of fp32 both ways at every step
-    tree      16 workers on threads, as a star and as a tree of degree 4; bytes of the busiest centre
+    coded     the exchange at tau = 16 under codecs, both ways; bytes by the centre's own counters,
+              over those of fp32 both ways at every step
+    tree      16 workers on threads, as a star and as a tree of degree 4; bytes of the busiest one
 
     python -m bench.easgd [--table period coded tree] [--json]    exit code 1 where a bar fails
 
@@ -50,7 +50,7 @@ PUBLISHED = {
 }
 CODED = {"fp32": 0.0205, "int8": 0.0210, "int4": 0.0215, "int3": 0.0235, "int2": 0.0210,
          "rotate|eden2": None}  # fmt: skip
-DEGREE, LEAVES, LEAF_PERIOD, NODE_PERIOD = 4, 16, 10, 20
+DEGREE, LEAVES, LEAF_PERIOD, NODE_PERIOD = 4, 16, 10, 6
 
 Wrap = Callable[[torch.optim.Optimizer, Link], "EASGD | Downpour"]
 

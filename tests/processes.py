@@ -81,6 +81,9 @@ class Pool:
             if NOT_CONNECTED not in str(error):
                 raise
             return self._run(function, args, *how)
+        except BaseException:  # pytest's timeout comes in here: the next test gets new workers
+            self.close()
+            raise
 
     def _run(
         self,
@@ -111,17 +114,17 @@ class Pool:
 
     def close(self) -> None:
         """End the workers, kindly first."""
-        for _, pipe in self._workers:
+        workers, self._workers = self._workers, []  # gone, even if this is interrupted
+        for _, pipe in workers:
             with contextlib.suppress(OSError):
                 pipe.send(None)
             pipe.close()
         end = time.monotonic() + 2.0
-        for process, _ in self._workers:
+        for process, _ in workers:
             process.join(max(0.0, end - time.monotonic()))
             if process.is_alive():
                 process.kill()
                 process.join()
-        self._workers.clear()
         self._store = None  # holds what groups that failed left for their like
 
     def _start(self) -> None:

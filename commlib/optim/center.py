@@ -47,6 +47,7 @@ class Kind(IntEnum):
     COPY = 5  # centre: the coded difference to the worker's copy
     PUSH = 6  # worker: a coded update
     LEAVE = 7  # worker: no more messages
+    ENDED = 8  # centre: no more answers, and why
 
 
 class Start(StrEnum):

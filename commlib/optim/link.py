@@ -148,6 +148,8 @@ class Link:
         if reply.kind is Kind.REFUSED:
             self._channel.close()
             raise ValueError(bytes(reply.body.numpy()).decode())
+        if reply.kind is Kind.ENDED:
+            raise RuntimeError(bytes(reply.body.numpy()).decode())
         return reply
 
     def _tell(self, message: Message) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch.distributed import distributed_c10d
 
-from commlib.optim.center import HEADER, Center, Kind, Message
+from commlib.optim.center import HEADER, Center, Kind, Message, packed
 from commlib.optim.link import EMPTY, Link
 
 logger = logging.getLogger("commlib")
@@ -102,7 +102,7 @@ class Server:
         self, center: Center, store: Any, *, name: str = "center", timeout: float = TIMEOUT
     ) -> None:
         self.center, self.name, self.timeout = center, name, timeout
-        self._store = store
+        self._store = store.clone()
         self._lock = threading.Lock()
         self._links: dict[str, int] = {}  # of the workers that are here
         self._left: set[str] = set()
@@ -171,11 +171,12 @@ class Server:
             while not left:
                 message = pipe.recv()
                 with session.lock:
-                    if self._closed.is_set() or self._links.get(worker) != number:
-                        return
-                    reply = session.answer(message)
+                    ended = self._ended(worker, number)
+                    reply = session.answer(message) if ended is None else ended
                 if reply is not None:
                     pipe.send(reply)
+                if ended is not None:
+                    return
                 left = message.kind is Kind.LEAVE
         except (RuntimeError, ValueError) as error:
             if not self._closed.is_set():
@@ -188,6 +189,15 @@ class Server:
                     if left:
                         self._left.add(worker)
                 self._changed.notify_all()
+
+    def _ended(self, worker: str, number: int) -> Message | None:
+        """What a link that is no more is answered."""
+        if self._closed.is_set():
+            return Message(Kind.ENDED, 0, packed(f"centre {self.name!r} has closed"))
+        if self._links.get(worker) != number:
+            text = f"centre {self.name!r} has a newer link to a worker of the name {worker!r}"
+            return Message(Kind.ENDED, 0, packed(text))
+        return None
 
 
 def connect(
@@ -210,6 +220,7 @@ def connect(
     """
     pairs = list(params)
     most = sum(tensor.nbytes for _, tensor in pairs) + ROOM
+    store = store.clone()  # another may wait in the caller's with its lock held, for this one too
     number = store.add(f"{name}/arrivals", 1)
     store.set(f"{name}/arrival/{number}", worker)
     pipe = Pipe(c10d.PrefixStore(f"{name}/link/{number}", store), WORKER, timeout, most)
