@@ -1,9 +1,21 @@
 """Optimizers that talk less, or that use the time in which others wait."""
 
+from commlib.optim.diloco import DiLoCo, LocalSGD, Sync
 from commlib.optim.ef21 import EF21
 from commlib.optim.onebit_adam import OneBitAdam
 from commlib.optim.pipeline import Pipeline
 from commlib.optim.pprs import GD, PPRS, Nesterov
 from commlib.optim.ticks import Schedule
 
-__all__ = ["EF21", "GD", "PPRS", "Nesterov", "OneBitAdam", "Pipeline", "Schedule"]
+__all__ = [
+    "EF21",
+    "GD",
+    "PPRS",
+    "DiLoCo",
+    "LocalSGD",
+    "Nesterov",
+    "OneBitAdam",
+    "Pipeline",
+    "Schedule",
+    "Sync",
+]
