@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from commlib import Communicator
-from commlib.optim import ElasticDiLoCo, Members
+from commlib.optim import Members
 from commlib.transport import ThreadTransport
 from tests.communicators import only
 from tests.optim.diloco import adam, shared
