@@ -3,9 +3,9 @@
 An MLP 64-64-64-10 on scikit-learn's digits (`bench/problems.py`), four ranks (threads), 16 images a
 rank and step, inner Adam at lr 2e-3, 640 steps; outer lr .7 and momentum .9.
 
-    loss     of the model that the ranks share, over 1400 images, the standard error of its mean over
-             seeds, and its accuracy on 397 others. Sixteen outer steps with momentum .9 end amid a
-             swing, wherever that is: three seeds differ by half from three others
+    loss     of the model that the ranks share, over 1400 images, the standard error of the mean
+             over seeds, and its accuracy on 397 others. Sixteen outer steps with momentum .9 end
+             amid a swing: three seeds may differ by half from three others
     bytes    what rank 0's transport sent in the whole run, both ways, scales and padding included:
              data parallel Adam's over the method's
 
