@@ -45,7 +45,7 @@ CODECS = [
 CPU_CODECS = [
     *("mxfp8", "mxfp8:block=96", "mxfp8:round=stochastic", "mxfp4", "mxfp4:block=4096"),
     *("grid4", "grid2:block=96", "grid6:block=4096", "rotate|grid3:block=256", "grid5"),
-    *("rotate|mxfp8:block=128:round=stochastic", "rotate|mxfp4:block=256"),
+    *("rotate|mxfp8:block=128:round=stochastic", "rotate|mxfp4:block=256", "sigma8"),
 ]
 """The same of codecs that have no CUDA kernels yet."""
 
@@ -297,7 +297,7 @@ def cases_of_shape(fmt: Format) -> Iterator[Case]:
 SQUEEZED = [
     *("fp32", "fp16", "fp8", "int8", "int5:block=64", "int4", "int3:block=96", "int2", "sign"),
     *("ternary:block=tensor", "natural", "eden3", "nf4", "rotate|int4:round=stochastic"),
-    *("grid4", "rotate|grid6", "mxfp8", "mxfp4:block=64"),
+    *("grid4", "rotate|grid6", "mxfp8", "mxfp4:block=64", "sigma8"),
 ]
 """Texts of inner codecs that reach every way of making symbols."""
 

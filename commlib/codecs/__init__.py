@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from functools import partial
 
 from commlib.codecs.base import Codec, Round
+from commlib.codecs.buckets import Sigma8
 from commlib.codecs.cast import BF16, FP8, FP16, FP32
 from commlib.codecs.codebook import E2M1, E3M0, NF4, Eden
 from commlib.codecs.entropy import Entropy
@@ -50,6 +51,7 @@ __all__ += [
     "RandK",
     "Rotated",
     "Round",
+    "Sigma8",
     "Sign",
     "Ternary",
     "TopK",
@@ -73,6 +75,7 @@ CODECS: dict[str, Callable[..., Codec]] = {
     "mxfp8": MXFP8,
     "mxfp4": MXFP4,
     **{f"grid{bits}": partial(Grid, bits) for bits in range(6, 1, -1)},
+    "sigma8": Sigma8,
 }
 """The name in scheme texts -> constructor, one line per codec."""
 

@@ -46,6 +46,11 @@ class _Chosen(Codec):
             raise ValueError(f"{given}: {self.inner.id} is sparse already; once is enough")
         if not self.inner.fixed_size:
             raise ValueError(f"{given}: sparse messages have a fixed size; leave |entropy out")
+        if self.inner.format.kind == "buckets":
+            raise ValueError(
+                f"{given}: the means of {self.inner.id}'s buckets would take more bytes than a few "
+                "values; give int8"
+            )
         if self.inner.format.per_segment:
             raise ValueError(
                 f"{given}: the values that travel have no segments; give {self.inner.id} a block "

@@ -1,12 +1,16 @@
 """Optimizers that talk less, or that use the time in which others wait."""
 
 from commlib.optim.center import Center
+from commlib.optim.diloco import DiLoCo, LocalSGD
 from commlib.optim.downpour import Downpour
 from commlib.optim.easgd import EASGD, stable
 from commlib.optim.ef21 import EF21
+from commlib.optim.elastic import ElasticDiLoCo
 from commlib.optim.gathered import Gathered
 from commlib.optim.link import Link, local
+from commlib.optim.members import Members
 from commlib.optim.onebit_adam import OneBitAdam
+from commlib.optim.outer import Sync
 from commlib.optim.pipeline import Pipeline
 from commlib.optim.pprs import GD, PPRS, Nesterov
 from commlib.optim.rules import Add, Averaged, Momentum
@@ -22,9 +26,13 @@ __all__ = [
     "Add",
     "Averaged",
     "Center",
+    "DiLoCo",
     "Downpour",
+    "ElasticDiLoCo",
     "Gathered",
     "Link",
+    "LocalSGD",
+    "Members",
     "Momentum",
     "Nesterov",
     "Node",
@@ -32,6 +40,7 @@ __all__ = [
     "Pipeline",
     "Schedule",
     "Server",
+    "Sync",
     "connect",
     "local",
     "stable",

@@ -205,16 +205,11 @@ class Replicas(torch.optim.Optimizer):
         """Once, and after loading: refuse to go on with replicas that are none."""
         if self._alike:
             return
-        crc = zlib.crc32(str(self.steps).encode())
+        tensors = []
         for _, parameter, _ in self._named():
             held = self.state[parameter]
-            for tensor in (parameter, *(held[name] for name in self.shared if name in held)):
-                crc = zlib.crc32(tensor.detach().cpu().reshape(-1).numpy(), crc)
-        device = self.communicator.transport.device
-        mine = torch.tensor([crc], dtype=torch.int64, device=device)
-        all_ = mine.new_empty(self.communicator.size)
-        self.communicator.all_gather(all_, mine, scheme="fp32").wait()
-        others = [rank for rank, one in enumerate(all_.tolist()) if one != all_[0]]
+            tensors += [parameter, *(held[name] for name in self.shared if name in held)]
+        others = strangers(self.communicator, self.steps, tensors)
         if others:
             raise RuntimeError(
                 f"{type(self).__name__}: ranks {others} have other parameters, steps or moments "
@@ -222,6 +217,18 @@ class Replicas(torch.optim.Optimizer):
                 "checkpoint"
             )
         self._alike = True
+
+
+def strangers(communicator: Communicator, steps: int, tensors: Iterable[torch.Tensor]) -> list[int]:
+    """The ranks whose steps or tensors are not bitwise those of rank 0; collective."""
+    crc = zlib.crc32(str(steps).encode())
+    for tensor in tensors:
+        data: Any = tensor.detach().cpu().reshape(-1).numpy()
+        crc = zlib.crc32(data, crc)
+    mine = torch.tensor([crc], dtype=torch.int64, device=communicator.transport.device)
+    all_ = mine.new_empty(communicator.size)
+    communicator.all_gather(all_, mine, scheme="fp32").wait()
+    return [rank for rank, one in enumerate(all_.tolist()) if one != all_[0]]
 
 
 def gradient_of(parameter: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ natural  sign and exponent (9 bits)                         none                
 gauss    number of its value in a table of 2^bits, +- alike fit, unbiased          table * scale
 grid     rint(v / rms / step), at most +-levels, 8 bits     fit                    code * scale
 table    the same, of any 16 values                         absmax                 table * scale
+buckets  one of 256 over mean +- 6 sigma of the piece       none                   its mean
 ======== ================================================= ====================== ===========
 
 A scale is bf16, 2 bytes. e8m0 is the microscaling formats': a power of two, 1 byte.
@@ -32,8 +33,9 @@ from commlib_kernels.sparse import Sparse
 from commlib_kernels.tables import TABLES
 
 Kind = Literal[
-    "raw", "fp16", "bf16", "uniform", "fp8", "fp4", "sign", "natural", "gauss", "grid", "table"
-]
+    "raw", "fp16", "bf16", "uniform", "fp8", "fp4", "sign", "natural", "gauss", "grid", "table",
+    "buckets",
+]  # fmt: skip
 ScaleRule = Literal["none", "absmax", "l2", "mean", "fit", "unbiased", "e8m0", "e8m0_up"]
 
 PLANES = (8, 4, 2, 1)
@@ -41,6 +43,10 @@ PLANES = (8, 4, 2, 1)
 
 FP8_MAX = 448.0
 FP4_MAX = 6.0
+BUCKETS, SIGMAS = 256, 6
+"""Of the kind buckets: how many there are, over how many standard deviations on both sides."""
+HEAD = 16 + BUCKETS // 2
+"""Of the kind buckets: bytes before the codes of a piece, which say what they stand for."""
 TILE = 128
 """Elements packed together where no block size says so (casts, natural, ``block=tensor``)."""
 
@@ -69,7 +75,9 @@ class Format:
     @property
     def on_cuda(self) -> bool:
         """Whether there are CUDA kernels for it: not yet for all kinds."""
-        return self.kind != "grid" and not self.power_scale and self.sparse is None
+        if self.kind in ("grid", "buckets"):
+            return False
+        return not self.power_scale and self.sparse is None
 
     @property
     def power_scale(self) -> bool:
@@ -94,7 +102,7 @@ class Format:
     @property
     def sliceable(self) -> bool:
         """Whether pieces may be cut into slices: not where elements far apart depend on another."""
-        return not self.per_segment and self.sparse is None
+        return not self.per_segment and self.sparse is None and self.kind != "buckets"
 
     @property
     def draws(self) -> bool:
@@ -133,7 +141,8 @@ class Format:
         if self.sparse is not None:
             values = self.values_format.code_bytes(self.sparse.taken(numel))
             return self.sparse.index_bytes(numel) + values
-        return (numel + 7) // 8 * self.bits
+        head = HEAD if self.kind == "buckets" and numel else 0
+        return head + (numel + 7) // 8 * self.bits
 
     def scale_count(self, numel: int) -> int:
         """Scales (`scale_bytes` each) that go with `numel` elements of one segment."""

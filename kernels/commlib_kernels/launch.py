@@ -136,9 +136,9 @@ def _signs(seed: int, device: torch.device) -> torch.Tensor:
 def check(fmt: Format) -> None:
     """Refuse a format without CUDA kernels. Backends ask in `warmup`: before ranks meet."""
     if not fmt.on_cuda:
-        what = (
-            "microscaling formats (mxfp8, mxfp4)" if fmt.power_scale else "grids (grid2 to grid6)"
-        )
+        what = "grids (grid2 to grid6)" if fmt.kind == "grid" else "buckets (sigma8)"
+        if fmt.power_scale:
+            what = "microscaling formats (mxfp8, mxfp4)"
         if fmt.sparse is not None:
             what = f"sparse formats ({fmt.sparse.rule}|)"
         raise ValueError(

@@ -294,4 +294,5 @@ def _check(layout: Layout, fmt: Format) -> None:
         )
     if not fmt.sliceable and layout.part[1] > 1:
         why = "one scale per tensor" if fmt.per_segment else "elements chosen from whole pieces"
+        why = "one codebook per piece" if fmt.kind == "buckets" else why
         raise ValueError(f"Layout: a format with {why} cannot be cut into slices")

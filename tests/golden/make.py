@@ -33,6 +33,7 @@ GOLDEN = {
     "codebook": ["eden4", "eden3:block=64", "eden2:scale=unbiased", "eden1", "nf4", "e2m1", "e3m0"],
     "microscaling": ["mxfp8", "mxfp8:round=stochastic", "mxfp4", "mxfp4:block=64"],
     "grid": ["grid6", "grid5", "grid4:block=256", "grid3:block=128", "grid2"],
+    "buckets": ["sigma8"],
     "rotation": ["rotate|int4", "rotate:seed=5|eden2:block=128", "rotate|eden4:block=256"],
     "sparse": [
         *("topk:density=0.1|bf16", "topk:density=0.25:block=64|int8", "topk:density=0.5|fp32"),

@@ -1,6 +1,7 @@
 """CPU kernels compiled by Numba: one thread, no GIL, the speed of memory.
 
-Each call marshals tensors into the flat arguments of `kernels.py`; nothing is copied.
+Each call marshals tensors into the flat arguments of `kernels.py`; nothing is copied. The kind
+buckets, which travels once in many steps (DiLoCo), is the reference's.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from commlib_kernels import raw, squeezed
+from commlib_kernels import raw, reference, squeezed
 from commlib_kernels.formats import Format
 from commlib_kernels.layout import Layout, stride, table
 from commlib_kernels.memory import Memory
@@ -56,6 +57,9 @@ def quantize(
     memory: Memory | None = None,
 ) -> None:
     """Code `x` into `wire`, adding and renewing the residual."""
+    if fmt.kind == "buckets":
+        reference.quantize(fmt, x, wire, layout, tag, memory)
+        return
     raw.encode(fmt, x, wire, layout)
     if fmt.sparse is not None:
         sparse.quantize(fmt, x, wire, layout, tag, memory, _DENSE)
@@ -70,6 +74,9 @@ def dequantize(
     fmt: Format, wire: torch.Tensor, out: torch.Tensor, layout: Layout, *, add: bool = False
 ) -> None:
     """Decode `wire` into (or add it to) the elements of `out` that its payloads cover."""
+    if fmt.kind == "buckets":
+        reference.dequantize(fmt, wire, out, layout, add=add)
+        return
     raw.decode(fmt, wire, out, layout, add=add)
     if fmt.sparse is not None:
         sparse.dequantize(fmt, wire, out, layout, add, _DENSE)
@@ -93,6 +100,9 @@ def reduce(
     """Sum the payloads of all ranks into a wire (uint8) or a dense chunk."""
     size = stride(layout, fmt)
     if size == 0:
+        return
+    if fmt.kind == "buckets":
+        reference.reduce(fmt, wires, out, layout, tag, factor=factor, memory=memory)
         return
     raw.reduce(fmt, wires, size, out, layout, factor)
     if fmt.sparse is not None:

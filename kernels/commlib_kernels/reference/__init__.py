@@ -15,7 +15,7 @@ from commlib_kernels.formats import Format
 from commlib_kernels.layout import Layout, Piece, pieces, stride
 from commlib_kernels.memory import Memory
 from commlib_kernels.philox import lanes
-from commlib_kernels.reference import blocks, elements, entropy, rotation, sparse
+from commlib_kernels.reference import blocks, buckets, elements, entropy, rotation, sparse
 from commlib_kernels.reference.elements import F32, Floats
 from commlib_kernels.tag import Tag
 
@@ -174,11 +174,7 @@ def _emit_sparse(
         q = np.zeros_like(v)
         q[places] = decoded
         new = _renewed(memory, v, h, q)
-        new = np.where(np.isfinite(new), new, h)
-        for start, count, width, numel in _runs(fmt, p.numel):
-            grid = np.zeros((count, width), F32)
-            grid.reshape(-1)[:numel] = new[start : start + numel]
-            _keep(memory, p, fmt, start, grid, numel, np.zeros(count, np.bool_))
+        _keep_piece(memory, p, fmt, np.where(np.isfinite(new), new, h))
 
 
 def _decode_sparse(fmt: Format, data: Bytes, c: Chosen) -> tuple[npt.NDArray[np.int64], Floats]:
@@ -228,6 +224,9 @@ def _emit(
             whole = np.concatenate(values)
             shared = blocks.scale_bits(fmt, whole, whole.size)
         for p, v, h in zip(members, values, residuals, strict=True):
+            if fmt.kind == "buckets":
+                _emit_buckets(fmt, v, h, out, p, memory)
+                continue
             _emit_piece(fmt, v, h, out, p, tag, memory, shared)
 
 
@@ -279,6 +278,27 @@ def _emit_piece(
             else:
                 new = np.where(np.isfinite(new), new, old)
             _keep(memory, p, fmt, start, new, numel, held)
+
+
+def _emit_buckets(
+    fmt: Format, v: Floats, h: Floats | None, out: Bytes, p: Piece, memory: Memory | None
+) -> None:
+    if not p.numel:
+        return
+    data, m = buckets.encode(v)
+    out[p.code : p.code + data.size] = data
+    if memory is None or h is None or m >= blocks.HUGE:
+        return
+    new = _renewed(memory, v, h, buckets.decode(data, p.numel)[: p.numel])
+    _keep_piece(memory, p, fmt, np.zeros_like(new) if m < blocks.TINY else new)
+
+
+def _keep_piece(memory: Memory, p: Piece, fmt: Format, new: Floats) -> None:
+    """Store the residual of a whole piece."""
+    for start, count, width, numel in _runs(fmt, p.numel):
+        grid = np.zeros((count, width), F32)
+        grid.reshape(-1)[:numel] = new[start : start + numel]
+        _keep(memory, p, fmt, start, grid, numel, np.zeros(count, np.bool_))
 
 
 def _renewed(memory: Memory, v: Floats, old: Floats, decoded: Floats) -> Floats:
@@ -365,6 +385,8 @@ def _decode_as_coded(fmt: Format, data: Bytes, p: Piece, layout: Layout | None) 
         chunk = torch.empty(p.numel, dtype=layout.dtype)
         elements.raw(chunk)[:] = data[p.code :][: p.numel * chunk.itemsize]
         return elements.load(chunk)
+    if fmt.kind == "buckets":
+        return buckets.decode(data[p.code :], p.numel) if p.numel else np.zeros(0, F32)
     parts = [np.zeros(0, F32)]
     code = p.code
     count = fmt.scale_bytes * fmt.scale_count(p.numel)

@@ -1,0 +1,339 @@
+"""Workers that come and go: agreed in a store, here mostly among threads.
+
+With real processes: `test_members_processes`."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from commlib import Communicator
+from commlib.optim import Members
+from commlib.transport import ThreadTransport
+from tests.communicators import only
+from tests.optim.diloco import adam, shared
+from tests.optim.members import train, worker
+from tests.optim.models import same
+from tests.optim.replicas import backward, model, weights
+
+LONG = 30.0
+
+
+class Rooms:
+    """Where threads meet instead of in process groups, by the group's name."""
+
+    def __init__(self) -> None:
+        self.store = dist.HashStore()
+        self._lock = threading.Lock()
+        self._worlds: dict[str, list[ThreadTransport]] = {}
+
+    def place(self, name: str, size: int, rank: int, timeout: float) -> ThreadTransport:
+        with self._lock:
+            world = self._worlds.setdefault(name, ThreadTransport.world(size, timeout))
+        return world[rank]
+
+
+class Here(Members):
+    """Members whose groups are threads."""
+
+    def __init__(self, rooms: Rooms, policy: Any = None, **how: Any) -> None:
+        self.rooms, self.groups = rooms, []  # type: ignore[var-annotated]
+        super().__init__(rooms.store, policy or only("sigma8"), **{"timeout": LONG, **how})
+
+    def _connect(self, name: str, ids: Sequence[str], seed: int) -> Communicator:
+        self.groups.append(tuple(ids))
+        transport = self.rooms.place(name, len(ids), ids.index(str(self.id)), self.timeout)
+        return Communicator(transport, self.policy, seed=self.seed + seed, timeout=self.timeout)
+
+    def _disconnect(self) -> None:
+        pass
+
+
+def together(*bodies: Callable[[], Any], timeout: float = 60.0) -> list[Any]:
+    """What the bodies, each on a thread, return; the first error of any."""
+    results: list[Any] = [None] * len(bodies)
+    errors: list[BaseException] = []
+
+    def run(place: int) -> None:
+        try:
+            results[place] = bodies[place]()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(n,), daemon=True) for n in range(len(bodies))]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + timeout
+    while any(thread.is_alive() for thread in threads) and not errors:
+        assert time.monotonic() < end, "a worker hangs"
+        time.sleep(0.01)
+    if errors:
+        raise errors[0]
+    return results
+
+
+def test_workers_that_begin_together_share_one_model_and_one_group() -> None:
+    rooms = Rooms()
+
+    def body(seed: int) -> Callable[[], Any]:
+        def run() -> Any:
+            members = Here(rooms)
+            module, one = worker(members)
+            one.join(at_least=3)
+            assert one.steps == 0
+            train(module, one, 6, seed)
+            ids = members.ids
+            one.leave()
+            return shared(one), weights(module), ids, members.groups, members.bytes_sent
+
+        return run
+
+    (first, own, ids, groups, sent), *others = together(*(body(seed) for seed in range(3)))
+    assert ids == ("1", "2", "3")
+    assert same(first, own)
+    assert not same(first, weights(model()))
+    assert groups.count(ids) == 2  # to hand the model over, and one for all three exchanges
+    assert sent > 0
+    for other in others:
+        assert same(first, other[0])
+        assert other[2] == ids
+
+
+def test_all_of_them_are_what_a_communicator_makes_of_as_many_ranks() -> None:
+    from commlib.optim import DiLoCo
+    from tests.communicators import on_ranks
+    from tests.optim.diloco import train as on_rank
+
+    rooms = Rooms()
+
+    def body(seed: int) -> Callable[[], Any]:
+        def run() -> Any:
+            members = Here(rooms, only("e3m0"))
+            module, one = worker(members)
+            one.join(at_least=2)
+            # who came first is decided by the store: data go by rank
+            train(module, one, 4, int(str(members.id)) - 1)
+            return shared(one)
+
+        return run
+
+    def ranks(c: Communicator) -> Any:
+        module = model()
+        one = DiLoCo(module.named_parameters(), adam(module), c, period=2)
+        on_rank(module, one, 4, c.rank)
+        return shared(one)
+
+    assert same(together(body(0), body(1))[0], on_ranks(2, only("e3m0"), ranks)[0])
+
+
+def test_one_alone_trains() -> None:
+    module, one = worker(Here(Rooms()))
+    one.join()
+    train(module, one, 4, 0)
+    assert one.members.ids == ("1",)
+    assert not same(shared(one), weights(model()))
+    assert one.members.bytes_sent == 0
+
+
+def test_who_comes_late_gets_model_momentum_and_step() -> None:
+    rooms, begun, joined = Rooms(), threading.Event(), threading.Event()
+
+    def first() -> Any:
+        module, one = worker(Here(rooms))
+        one.join()
+        one.lr = 0.5
+        train(module, one, 4, 0)
+        begun.set()
+        while not joined.is_set():  # the run goes on; the other is let in behind an exchange
+            train(module, one, one.steps + 1, 0)
+        reached = one.steps
+        train(module, one, reached + 4, 0)
+        return shared(one), one._buffers[0].clone(), reached, one.members.ids
+
+    def second() -> Any:
+        assert begun.wait(LONG)
+        module, one = worker(Here(rooms))
+        with torch.no_grad():
+            module[0].weight.zero_()
+        one.join()
+        assert one.lr == 0.5
+        assert one.steps >= 6
+        assert one.steps % 2 == 0
+        assert same(weights(module), shared(one))
+        start = one.steps
+        joined.set()
+        train(module, one, start + 2, 1)
+        ids = one.members.ids
+        one.leave()
+        return start, ids
+
+    (_, momentum, reached, after), (start, ids) = together(first, second)
+    assert ids == ("1", "2")
+    assert after == ("1",)  # the other has left, and nobody waited for it
+    assert reached in (start, start + 1, start + 2)
+    assert momentum.abs().sum() > 0
+
+
+def test_who_stalls_is_left_out_and_comes_back() -> None:
+    rooms = Rooms()
+    left, back = threading.Event(), threading.Event()
+
+    def steady() -> Any:
+        module, one = worker(Here(rooms, timeout=1.0, grace=0.5))
+        one.join(at_least=2)
+        train(module, one, 2, 0)
+        seen = [one.members.ids]
+        train(module, one, 4, 0)  # waits for the other, in vain
+        seen.append(one.members.ids)
+        left.set()
+        while not back.is_set():
+            train(module, one, one.steps + 1, 0)
+            time.sleep(0.01)
+        train(module, one, one.steps + 4, 0)
+        return seen, one.steps
+
+    def stalling() -> Any:
+        module, one = worker(Here(rooms, timeout=1.0, grace=0.5))
+        one.join(at_least=2)
+        train(module, one, 3, 1)
+        assert left.wait(LONG)
+        backward(module, 1, 3)
+        one.step()  # too late for the exchange of step 4: let in again behind a later one
+        assert one.steps > 4
+        assert same(weights(module), shared(one))
+        back.set()
+        ids = []
+        while len(ids) < 2:
+            train(module, one, one.steps + 2, 1)
+            ids.append(one.members.ids)
+        one.leave()
+        return ids
+
+    # who is first is decided by the store; ids tell
+    (seen, _), ids = together(steady, stalling)
+    assert set(seen[0]) == {"1", "2"}
+    assert len(seen[1]) == 1
+    assert set(ids[0]) == {*seen[1], "3"}
+
+
+def test_a_worker_that_went_astray_leaves_and_the_others_go_on() -> None:
+    rooms = Rooms()
+
+    def good() -> Any:
+        module, one = worker(Here(rooms))
+        one.join(at_least=2)
+        train(module, one, 6, 0)
+        return shared(one), one.members.ids
+
+    def bad() -> None:
+        module, one = worker(Here(rooms))
+        one.join(at_least=2)
+        train(module, one, 3, 1)
+        with torch.no_grad():
+            module[0].bias[2] = float("nan")
+        backward(module, 1, 3)
+        with pytest.raises(RuntimeError, match=r"step 4: 0\.weight.* of this worker is not finite"):
+            one.step()
+        with pytest.raises(RuntimeError, match=r"call join\(\) first"):
+            one.step()
+
+    (theta, ids), _ = together(good, bad)
+    assert len(ids) == 1
+    assert all(tensor.isfinite().all() for tensor in theta)
+
+
+def test_a_failed_exchange_is_repeated_from_the_same_inputs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One member's collective fails after the other's has succeeded: neither takes the result."""
+
+    def run(failing: bool) -> Any:
+        rooms, failed = Rooms(), threading.Event()
+
+        class Failing(Here):
+            def _try(self, closed: Any, collective: Any) -> Exception | None:
+                error = super()._try(closed, collective)
+                if failing and self.id == "2" and closed.number == 2 and not failed.is_set():
+                    failed.set()
+                    return RuntimeError("lost on the way")
+                return error
+
+        def body() -> Any:
+            members = Failing(rooms, only("int8:round=nearest"))
+            module, one = worker(members)
+            one.join(at_least=2)
+            train(module, one, 6, int(str(members.id)))
+            return shared(one), members.ids, members._next
+
+        return together(body, body)
+
+    (plain, _, rounds), _ = run(False)
+    (again, ids, more), (other, _, _) = run(True)
+    assert ids == ("1", "2")
+    assert more == rounds + 1
+    assert same(again, plain)
+    assert same(again, other)
+
+
+def test_an_exchange_that_always_fails_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(Here):
+        def _try(self, closed: Any, collective: Any) -> Exception | None:
+            return RuntimeError("no cable")
+
+    module, one = worker(Failing(Rooms()))
+    one.join()
+    with pytest.raises(RuntimeError, match="failed 8 times, at last: no cable"):
+        train(module, one, 2, 0)
+
+
+def test_a_run_has_one_configuration() -> None:
+    rooms = Rooms()
+    worker(Here(rooms))[1].join()
+    for how in ({"period": 3}, {"momentum": 0.0}):
+        with pytest.raises(ValueError, match="the run has the settings"):
+            worker(Here(rooms), **how)[1].join()
+    with pytest.raises(ValueError, match="the run has the settings"):
+        worker(Here(rooms, only("int8")))[1].join()
+
+
+def test_nobody_waits_for_ever_to_be_let_in() -> None:
+    rooms = Rooms()
+    worker(Here(rooms))[1].join()  # and it does nothing more
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"nobody let this worker in within 0\.3 s"):
+        worker(Here(rooms))[1].join(patience=0.3)
+    assert time.monotonic() - begun < LONG
+
+
+def test_who_queued_and_died_is_waited_for_no_longer_than_grace() -> None:
+    rooms = Rooms()
+    module, one = worker(Here(rooms, grace=0.2))
+    one.join()
+    dead = Here(rooms)
+    dead._name()
+    dead._set(f"queue/{dead._count('queue', 1)}", str(dead.id))
+    begun = time.monotonic()
+    train(module, one, 6, 0)
+    assert one.members.ids == ("1",)
+    assert time.monotonic() - begun < LONG
+
+
+def test_refusals() -> None:
+    store = dist.HashStore()
+    with pytest.raises(ValueError, match=r"'int4\+ef', allowed: schemes without feedback.*'int4'"):
+        Members(store, "int4+ef")
+    with pytest.raises(ValueError, match="timeout is 0, allowed: a finite number above 0"):
+        Members(store, timeout=0)
+    module, one = worker(Here(Rooms()))
+    backward(module, 0, 0)
+    with pytest.raises(RuntimeError, match=r"call join\(\) first"):
+        one.step()
+    one.join()
+    with pytest.raises(RuntimeError, match="has joined already"):
+        one.join()
