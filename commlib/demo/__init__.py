@@ -32,6 +32,9 @@ says so and runs on loopback.
                          under both optimizers on the small one. --model, --schemes, --optimizers
                          ask for one table instead
 
+  commlib demo --method easgd,diloco    instead: methods that exchange once in many steps, beside
+                             plain DDP; their options: commlib demo --method easgd --help
+
   commlib demo --pipeline    instead: a pipeline of 4 stages, activations and their gradients
                              compressed; its options: commlib demo --pipeline --help
 
@@ -57,6 +60,8 @@ def parser() -> argparse.ArgumentParser:
     add("--model", choices=("10M", "small"), help="10.9M or 0.9M parameters (10M)")
     add("--json", type=Path, metavar="FILE", help="write one JSON row per line")
     add("--plot", metavar="FILE", default="commlib-demo.png", help="the image, or none")
+    add("--method", metavar="LIST", help="methods that exchange once in many steps; other options, "
+        "see --method easgd --help")  # fmt: skip
     add("--pipeline", action="store_true", help="a pipeline of 4 stages instead of DDP; other "
         "options, see --pipeline --help")  # fmt: skip
     network = top.add_argument_group("training over a slow network")
@@ -88,6 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .pipeline import main as pipeline
 
         return pipeline([word for word in given if word != "--pipeline"])
+    if any(word.split("=")[0] == "--method" for word in given):
+        from .seldom import main as seldom
+
+        return seldom(given)
     top = parser()
     args = top.parse_args(given)
     try:
