@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed import distributed_c10d
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from ...emulation import sent_bytes
@@ -20,7 +19,7 @@ from ..data import Corpus, Pair, load
 from ..model import GPT, SHAPES, optimizer, warm_up
 from ..train import PLAIN, gather, sharers
 
-c10d: Any = distributed_c10d  # much of it is missing from the stubs
+TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]  # missing from the stubs
 
 CODED = "int4+ef"
 BATCH, CONTEXT, WINDOWS, EVERY = 2, 128, 16, 5  # windows: held out; every: so many steps
@@ -123,7 +122,7 @@ class Elastic(Alone):
         port: list[Any] = [None]
         if rank == 0:
             self.center = Center(named, push=ELASTIC, seed=args.seed)
-            self.store = c10d.TCPStore(
+            self.store = TCPStore(
                 os.environ["MASTER_ADDR"], 0, is_master=True, wait_for_workers=False
             )
             self.server = Server(self.center, self.store).start()
@@ -132,7 +131,7 @@ class Elastic(Alone):
         if rank == 0:
             self.link = local(self.center, named, "rank0")
         else:
-            self.store = c10d.TCPStore(os.environ["MASTER_ADDR"], port[0], is_master=False)
+            self.store = TCPStore(os.environ["MASTER_ADDR"], port[0], is_master=False)
             self.link = connect(self.store, named, f"rank{rank}")
         rate = 0.9 / ranks
         self.easgd = EASGD(self.optimizer, self.link, moving_rate=rate, period=self.period)
