@@ -12,7 +12,7 @@ GPU_PYTHON ?= python3
 CHECKS ?=
 BENCHES ?=
 
-.PHONY: demo demo-pipeline test test-recipes test-faults conformance lint bench loss faults compile-matrix test-cuda gpu gpu-check gpu-bench clean
+.PHONY: demo demo-pipeline demo-method test test-bench test-recipes test-faults conformance lint bench loss faults compile-matrix test-cuda gpu gpu-check gpu-bench clean
 
 demo: $(VENV)/.installed-plot      ## four emulated hosts train a small GPT: plain DDP, bf16, int8+ef, int4+ef
 	$(BIN)/commlib demo $(ARGS)
@@ -20,12 +20,18 @@ demo: $(VENV)/.installed-plot      ## four emulated hosts train a small GPT: pla
 demo-pipeline: $(VENV)/.installed-plot   ## the same in 4 pipeline stages: activations raw, int8, int4, +lep, +delta, +reuse
 	$(BIN)/commlib demo --pipeline $(ARGS)
 
+demo-method: $(VENV)/.installed-plot     ## methods that exchange once in many steps: EASGD, DiLoCo, streaming
+	$(BIN)/commlib demo --method easgd,diloco,streaming $(ARGS)
+
 loss: $(VENV)/.installed-plot      ## what each scheme costs in held-out loss, paired seeds, no network limit
 	$(BIN)/commlib demo --loss --seeds 3 $(ARGS)
 
 # Two at a time: the tests wait for peers and timeouts half of their time.
 test: $(VENV)/.warm
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" --ignore=tests/recipes $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not bench" --ignore=tests/recipes $(ARGS)
+
+test-bench: $(VENV)/.warm          ## every bench and demo, shortened: it runs, and its bars can be read
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "bench and not gpu" $(ARGS)
 
 test-recipes: $(VENV)/.installed-recipes   ## every script of tests/recipes, compressed and in fp32
 	COMMLIB_REQUIRE=recipes $(BIN)/python -m pytest tests/recipes $(ARGS)
