@@ -1,6 +1,8 @@
 """Optimizers that talk less, or that use the time in which others wait."""
 
+from commlib.optim import schedules
 from commlib.optim.center import Center
+from commlib.optim.dasgd import DASGD, Box, Projected
 from commlib.optim.downpour import Downpour
 from commlib.optim.easgd import EASGD, stable
 from commlib.optim.ef21 import EF21
@@ -11,15 +13,18 @@ from commlib.optim.pipeline import Pipeline
 from commlib.optim.pprs import GD, PPRS, Nesterov
 from commlib.optim.rules import Add, Averaged, Momentum
 from commlib.optim.serving import Server, connect
+from commlib.optim.staleness import Staleness, staleness
 from commlib.optim.ticks import Schedule
 
 __all__ = [
+    "DASGD",
     "EASGD",
     "EF21",
     "GD",
     "PPRS",
     "Add",
     "Averaged",
+    "Box",
     "Center",
     "Downpour",
     "Gathered",
@@ -28,9 +33,13 @@ __all__ = [
     "Nesterov",
     "OneBitAdam",
     "Pipeline",
+    "Projected",
     "Schedule",
     "Server",
+    "Staleness",
     "connect",
     "local",
+    "schedules",
     "stable",
+    "staleness",
 ]
