@@ -33,7 +33,7 @@ import torch
 
 from commlib.optim.center import flat, spread
 from commlib.optim.link import Link
-from commlib.optim.schedules import StepSize, check_update
+from commlib.optim.schedules import StepSize
 from commlib.optim.staleness import ResidualVersions
 from commlib.optim.ticks import check_count
 
@@ -82,7 +82,6 @@ class Projected:
     def apply(self, values: torch.Tensor, update: torch.Tensor, delay: int) -> None:
         """One step. ValueError: the update is of a version that is not there yet."""
         n = self.updates + 1
-        check_update(n, delay)
         self.schedule.observe(n, delay)
         values.sub_(update, alpha=self.schedule.rate(n, delay))
         if self.project is not None and not self.lazy:
@@ -90,7 +89,7 @@ class Projected:
         self.updates = n
 
     def shown(self, values: torch.Tensor) -> torch.Tensor:
-        return self.project(values) if self.project is not None and self.lazy else values
+        return values if self.project is None else self.project(values)
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "schedule": self.schedule.state_dict()}

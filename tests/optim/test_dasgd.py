@@ -11,7 +11,14 @@ import torch
 import torch.distributed as dist
 
 from commlib.optim import DASGD, Box, Center, Projected, Server, connect, local, staleness
-from commlib.optim.schedules import Auto, Constant, DelayAdaptive, Inverse, InverseLogLog
+from commlib.optim.schedules import (
+    Auto,
+    Constant,
+    DelayAdaptive,
+    Inverse,
+    InverseLog,
+    InverseLogLog,
+)
 from tests.processes import Pool
 
 WIDTH = 300
@@ -81,6 +88,20 @@ def test_steps_count_at_the_centre_and_see_the_delay() -> None:
     assert rule.updates == c.version == 3
     assert c.delays == {0: 1, 1: 1, 2: 1}
     assert staleness(c.delays) == (3, 1, 2, 2)
+
+
+def test_auto_learns_at_the_centre() -> None:
+    auto = Auto(3.0)
+    c = center(Projected(auto))
+    for n in range(1, 129):
+        c.apply(torch.zeros(WIDTH), n // 2)
+    assert isinstance(auto.chosen, InverseLog)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_what_is_shown_is_in_the_set(lazy: bool) -> None:
+    c = center(Projected(Inverse(3.0), Box(-5.0, 3.0), lazy=lazy))
+    assert torch.equal(c.shown()[0], torch.full((WIDTH,), 3.0))
 
 
 def test_errors() -> None:
@@ -158,7 +179,7 @@ def test_the_residual_has_versions() -> None:
     assert other.oldest == 0
     # nobody's gradient is as large as what others left: those go now, until none is of version 0
     ages = []
-    for _ in range(WIDTH):
+    for _ in range(WIDTH // 2 - 1):  # three go at once, two of one parameter
         push(mine, params, torch.zeros(WIDTH))
         ages.append(mine.oldest)
     assert ages[0] == 0
