@@ -1,6 +1,8 @@
 """Optimizers that talk less, or that use the time in which others wait."""
 
+from commlib.optim import schedules
 from commlib.optim.center import Center
+from commlib.optim.dasgd import DASGD, Box, Projected
 from commlib.optim.diloco import DiLoCo, LocalSGD
 from commlib.optim.downpour import Downpour
 from commlib.optim.easgd import EASGD, stable
@@ -15,16 +17,19 @@ from commlib.optim.pipeline import Pipeline
 from commlib.optim.pprs import GD, PPRS, Nesterov
 from commlib.optim.rules import Add, Averaged, Momentum
 from commlib.optim.serving import Server, connect
+from commlib.optim.staleness import Staleness, staleness
 from commlib.optim.ticks import Schedule
 from commlib.optim.tree import Node
 
 __all__ = [
+    "DASGD",
     "EASGD",
     "EF21",
     "GD",
     "PPRS",
     "Add",
     "Averaged",
+    "Box",
     "Center",
     "DiLoCo",
     "Downpour",
@@ -38,10 +43,14 @@ __all__ = [
     "Node",
     "OneBitAdam",
     "Pipeline",
+    "Projected",
     "Schedule",
     "Server",
+    "Staleness",
     "Sync",
     "connect",
     "local",
+    "schedules",
     "stable",
+    "staleness",
 ]

@@ -102,6 +102,23 @@ class Coded:
             self._compressor.decompress(self._key, wire[: self._body], out, self._layout)
         return torch.nan_to_num_(out, nan=0.0, posinf=0.0, neginf=0.0)
 
+    def residual(self) -> torch.Tensor | None:
+        """What earlier tensors left to be sent, flat, a copy; None: there is no feedback.
+
+        As stored: of an int8 residual the codes, zero where the residual is.
+        """
+        held = self._compressor.state_dict()["residuals"]
+        return torch.cat([held[n] for n in self._key if n in held]) if held else None
+
+    def drop(self, elements: torch.Tensor) -> None:
+        """Set the residual to zero where flat bool `elements` says so."""
+        state = self._compressor.state_dict()
+        held, place = state["residuals"], 0
+        for one in (held[name] for name in self._key if name in held):
+            one[elements[place : place + one.numel()]] = 0
+            place += one.numel()
+        self._compressor.load_state_dict(state)
+
     def state_dict(self) -> dict[str, Any]:
         """The number of messages, residuals and the place in the random streams."""
         return {"number": self.number, "compressor": self._compressor.state_dict()}

@@ -95,6 +95,14 @@ class Link:
             self.copy += arrives
         return arrives
 
+    def residual(self) -> torch.Tensor | None:
+        """What pushes so far left to be sent; see `Coded.residual`."""
+        return self._push.residual()
+
+    def drop(self, elements: torch.Tensor) -> None:
+        """Drop the residual of flat bool `elements`."""
+        self._push.drop(elements)
+
     def close(self) -> None:
         """Leave. The centre remembers this worker's copy in case it comes again."""
         self._tell(Message(Kind.LEAVE, 0, EMPTY))
