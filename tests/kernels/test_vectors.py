@@ -1,4 +1,4 @@
-"""What is written in LLVM's terms, alone: lookups, also without the instruction, and sums."""
+"""What is written in LLVM's terms, alone: lookups, codes and sums, also without an instruction."""
 
 from typing import Any
 
@@ -6,7 +6,9 @@ import numba
 import numpy as np
 import pytest
 
-from commlib_kernels.numba_cpu import lookup, vectors
+from commlib_kernels.numba_cpu import fit, gauss, lookup, rotation, vectors
+from commlib_kernels.philox import SIGNS
+from commlib_kernels.tables import thresholds
 
 RANDOM = np.random.default_rng(0)
 
@@ -45,15 +47,103 @@ def test_the_tree_adds_the_upper_half_to_the_lower() -> None:
     assert run(x) == y[0] + y[1]
 
 
-def test_a_pass_of_butterflies_is_hadamards_matrix() -> None:
+@pytest.mark.parametrize("fma", [True, False])
+def test_a_pass_of_butterflies_is_hadamards_matrix(
+    fma: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not fma:
+        monkeypatch.setattr(vectors, "has", lambda context, feature: False)
+    last16 = vectors._make(16, last=True)
+
     @numba.njit
     def run(x: Any) -> None:
-        vectors.last16(x, np.uintp(0), np.uintp(8))
+        last16(x, np.uintp(0), np.uintp(8))
 
-    matrix = np.ones((1, 1), np.float32)
-    while len(matrix) < 128:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
     whole = RANDOM.integers(-8, 9, (128,)).astype(np.float32)  # sums are exact
     x = whole.copy()
     run(x)
-    np.testing.assert_array_equal(x, matrix @ whole)
+    np.testing.assert_array_equal(x, hadamard(128) @ whole)
+
+
+def hadamard(n: int) -> Any:
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < n:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix
+
+
+@pytest.mark.parametrize("width", [128, 256, 512, 1024, 2048, 4096])
+def test_flips_within_the_first_and_the_last_pass(width: int) -> None:
+    """Of two blocks each, at a place in the segment where their signs go around."""
+    blocks, place = 2, SIGNS - width
+    signs = RANDOM.integers(0, 2, SIGNS).astype(np.uint32) << np.uint32(31)
+    v = RANDOM.integers(-8, 9, (blocks, width)).astype(np.float32)
+    y, back = np.empty_like(v), np.empty_like(v)
+    turned = np.take(signs, np.arange(v.size) + place, mode="wrap").reshape(v.shape) > 0
+    factor = 2.0 ** -(int(np.log2(width)) // 2)
+
+    sizes = [np.uintp(n) for n in (blocks, width, place)]
+    rotation.forward(v.ravel(), *sizes, signs, y.ravel())
+    rotation.backward(y.ravel().copy(), *sizes, signs, back.ravel())
+    flipped = np.where(turned, -v, v)
+    np.testing.assert_array_equal(y, flipped @ hadamard(width) * np.float32(factor))
+    np.testing.assert_array_equal(back, v)
+
+
+def near(t: Any) -> Any:
+    """Numbers at thresholds and next to them, in random order, both signs; 0 and large ones too."""
+    sides = [np.nextafter(t, np.float32(to)) for to in (-np.inf, np.inf)]
+    a = np.concatenate([t, *sides, np.float32([0, 1e-30, 64]), t * RANDOM.random(len(t))])
+    a = np.resize(np.concatenate([a, -a]).astype(np.float32), 64)
+    return RANDOM.permutation(a)
+
+
+@pytest.mark.parametrize("permutes", [True, False])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_codes_are_those_of_comparing_with_every_threshold(
+    permutes: bool, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not permutes:
+        monkeypatch.setattr(lookup, "permutes", lambda context: False)
+
+    @numba.njit
+    def run(v: Any, table: Any, guess: Any, x: Any, y: Any, q: Any) -> None:
+        o, p = np.uintp(0), np.uintp(32)
+        cuts, c, half = table[24:], table[16:], np.int32(table[31])
+        fit.fit_run(v, o, p, np.float32(1), guess, cuts, c, half, x, y, o, q)
+
+    table = gauss.numbers(f"gauss{bits}")
+    half = 2 ** (bits - 1)
+    t = table[24 : 23 + half]
+    for _ in range(4):
+        v = near(t if bits > 1 else np.float32([0.5, 1]))
+        a, q = np.abs(v), np.zeros(64, np.uint8)
+        x, y = np.zeros(32, np.float32), np.zeros(32, np.float32)
+        run(v, table, (table[32], table[33]), x, y, q)
+        number = (a[:, None] > t).sum(1)
+        np.testing.assert_array_equal(q, np.where(v > 0, half + number, half - 1 - number))
+        m = table[16:24][number]
+        np.testing.assert_array_equal(x, (m * a)[:32] + (m * a)[32:])
+        np.testing.assert_array_equal(y, (m * m)[:32] + (m * m)[32:])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_cell_holds_one_threshold(bits: int) -> None:
+    values = gauss.numbers(f"gauss{bits}")[: 2**bits]
+    t = thresholds(tuple(values.tolist()))[2 ** (bits - 1) :]
+    cells = np.floor(t * fit.steps_of(t.tolist()) * (1 + np.float64([[-0.02], [0.02]])))
+    np.testing.assert_array_equal(np.minimum(cells, len(t) - 1), [range(len(t))] * 2)
+
+
+def test_thresholds_that_no_cells_hold_are_refused() -> None:
+    with pytest.raises(ValueError, match="too uneven"):
+        fit.steps_of([0.1, 0.2, 1.0, 1.1])
+
+
+@pytest.mark.parametrize("n", [2, 8, 32, 64, 128, 512, 2048])
+def test_halves_adds_the_upper_half_to_the_lower(n: int) -> None:
+    x = (RANDOM.standard_normal(n) * 10.0 ** RANDOM.integers(-4, 4, n)).astype(np.float32)
+    want = x
+    while len(want) > 1:
+        want = want[: len(want) // 2] + want[len(want) // 2 :]
+    assert gauss.halves(x.copy(), np.uintp(n)) == want[0]

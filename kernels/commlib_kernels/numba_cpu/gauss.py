@@ -1,7 +1,7 @@
 """Codes of a table of values +- alike, and the scale that fits a block's codes best.
 
-Only magnitudes are compared, with the 7 thresholds between them (`lookup`); a shorter table is
-padded with thresholds that nothing exceeds. Equations: reference/blocks.py.
+Only magnitudes are compared, with the 7 thresholds between them (by whole vectors: `fit`); a
+shorter table is padded with thresholds that nothing exceeds. Equations: reference/blocks.py.
 """
 
 from functools import cache
@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from commlib_kernels.numba_cpu.coders import Coder, is_coded, nothing
+from commlib_kernels.numba_cpu.fit import RUN, fit_run, fold, steps_of
 from commlib_kernels.numba_cpu.jit import SCALARS, floats, inlined, loop
-from commlib_kernels.numba_cpu.lookup import fit_pair, tree
+from commlib_kernels.numba_cpu.lookup import tree
 from commlib_kernels.numba_cpu.strips import U, absmax
 from commlib_kernels.numba_cpu.tables import no_value, pack, unpack
 from commlib_kernels.numba_cpu.vectors import LANES
@@ -20,8 +21,10 @@ from commlib_kernels.tables import TABLES, thresholds
 
 u8, u32, i32, f32 = np.uint8, np.uint32, np.int32, np.float32
 bf16_nearest, bf16_value = SCALARS.bf16_nearest, SCALARS.bf16_value
-MAGNITUDES, THRESHOLDS, HALF = U(16), U(24), U(31)
-"""Places in the array that kernels get, after the 16 values; at HALF the number of magnitudes."""
+MAGNITUDES, THRESHOLDS, HALF, STEPS, TOP = U(16), U(24), U(31), U(32), U(33)
+"""Places in the array that kernels get, after the 16 values; at HALF the number of magnitudes, then
+how a code is guessed (`fit`)."""
+WHOLE = U(RUN * LANES)
 
 
 @cache
@@ -29,12 +32,13 @@ def numbers(table: str) -> npt.NDArray[np.float32]:
     """The array that kernels get."""
     values = TABLES[table]
     half = len(values) // 2
-    found = np.zeros(32, np.float32)
+    found = np.zeros(34, np.float32)
     found[: 2 * half] = values
     found[16 : 16 + half] = values[half:]
     found[24:31] = np.inf
-    found[24 : 23 + half] = thresholds(values)[half:]
-    found[31] = half
+    cuts = thresholds(values)[half:]
+    found[24 : 23 + half] = cuts
+    found[31:] = half, steps_of(cuts.tolist()), max(half - 2, 0)
     return found
 
 
@@ -60,6 +64,10 @@ def code(z, k, half):
 @loop
 def halves(x, n):
     """Sum of n = 2^k elements, the upper half to the lower; x is overwritten."""
+    while n >= U(8 * LANES):
+        n = n // U(8)
+        for i in range(U(0), n, U(LANES)):
+            fold(x, i, n)
     while n > U(LANES):
         n = n // U(2)
         for i in range(n):
@@ -88,10 +96,10 @@ def squares(v, o, n, h, down, x):
 def products(v, o, n, h, inv, table, x, y, q):
     """Codes of ``z = v inv``; with their values c, products c z to x and c c to y, halved once."""
     t, half = thresholds_of(table), i32(table[HALF])
-    c = table[MAGNITUDES:]
-    pairs = (n - h) & ~U(LANES - 1)
-    for i in range(U(0), pairs, U(LANES)):
-        fit_pair(v, o + i, o + h + i, inv, t, c, half, x, y, i, q)
+    c, cuts, guess = table[MAGNITUDES:], table[THRESHOLDS:], (table[STEPS], table[TOP])
+    pairs = (n - h) & ~(WHOLE - U(1))
+    for i in range(U(0), pairs, WHOLE):
+        fit_run(v, o + i, o + h + i, inv, guess, cuts, c, half, x, y, i, q)
     for i in range(pairs, h):
         z = v[o + i] * inv
         a = abs(z)

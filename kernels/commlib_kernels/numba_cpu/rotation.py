@@ -14,11 +14,18 @@ from commlib_kernels.numba_cpu.vectors import (
     apart4,
     apart8,
     apart16,
+    flip2,
+    flip4,
+    flip8,
+    flip16,
+    flip_last16,
     last1,
     last2,
     last4,
     last8,
     last16,
+    last16_flip,
+    prefetch,
 )
 from commlib_kernels.philox import SIGNS
 from commlib_kernels.scalar import NAN
@@ -28,6 +35,10 @@ PERIOD = U(SIGNS)
 VECTOR = U(LANES)
 WHOLE = VECTOR * U(16)
 """Elements that one pass does alone."""
+LINE = U(16)
+"""Elements of a cache line."""
+AHEAD = U(2048)
+"""How many elements before they are needed memory is asked for them."""
 
 
 @loop
@@ -101,13 +112,76 @@ def butterflies(x, o, n):
         last1(x, o, VECTOR)
 
 
+@inlined
+def fetch(v, o, n):
+    """Ask for n elements from o on."""
+    for i in range(o, o + n, LINE):
+        prefetch(v, i)
+
+
+@loop
+def begin(v, factor, signs, at, y, o, n):
+    """`flip` and `wide` in one: y is the first stages' of ``D v factor``, n > WHOLE elements.
+
+    Reading at up to 16 places at once is more than processors foresee, so memory is asked for what
+    comes next.
+    """
+    step = n // U(4) if n > U(16) * WHOLE else WHOLE
+    count = n // step
+    for i in range(U(0), step, VECTOR):
+        fetch(v, o + AHEAD + i * count, VECTOR * count)
+        if count == U(2):
+            flip2(v, factor, signs, at + i, y, o + i, step)
+        elif count == U(4):
+            flip4(v, factor, signs, at + i, y, o + i, step)
+        elif count == U(8):
+            flip8(v, factor, signs, at + i, y, o + i, step)
+        else:
+            flip16(v, factor, signs, at + i, y, o + i, step)
+    if step > WHOLE:
+        for i in range(o, o + n, step):
+            wide(y, i, step)
+
+
+@loop
+def flip_butterflies(v, factor, signs, at, y, o, n):
+    """y = H D v factor of n = 2^k elements from o on, 128 to 4096; signs from `at` on."""
+    if n == WHOLE:
+        fetch(v, o + AHEAD, WHOLE)
+        flip_last16(v, factor, signs, at, y, o, VECTOR)
+        return
+    begin(v, factor, signs, at, y, o, n)
+    for i in range(o, o + n, WHOLE):
+        last16(y, i, VECTOR)
+
+
+@loop
+def butterflies_flip(y, factor, signs, at, v, o, n):
+    """v = D H y factor of n = 2^k elements from o on, 128 to 4096; y is overwritten."""
+    if n > WHOLE:
+        wide(y, o, n)
+    for i in range(U(0), n, WHOLE):
+        last16_flip(y, factor, signs, at + i, v, o + i, VECTOR)
+
+
+@inlined
+def in_one(width, position):
+    """Whether flips and butterflies go together: the signs of a block are not cut by their end."""
+    return width >= WHOLE and position % width == U(0)
+
+
 @loop
 def forward(v, nb, width, position, signs, y):
     """y = H D v / 2^f."""
     if width & (width - U(1)) == U(0):
-        flip(v, power(exponent(width) // 2), signs, position, nb * width, y)
-        for b in range(nb):
-            butterflies(y, b * width, width)
+        factor = power(exponent(width) // 2)
+        if in_one(width, position):
+            for o in range(U(0), nb * width, width):
+                flip_butterflies(v, factor, signs, (position + o) % PERIOD, y, o, width)
+            return
+        flip(v, factor, signs, position, nb * width, y)
+        for o in range(U(0), nb * width, width):
+            butterflies(y, o, width)
         return
     flip(v, f32(1), signs, position, width, y)  # the short last block, alone
     o, left = U(0), width
@@ -125,9 +199,14 @@ def backward(y, nb, width, position, signs, v):
     """v = D H y / 2^(k - f); y is overwritten, and v another buffer."""
     if width & (width - U(1)) == U(0):
         k = exponent(width)
-        for b in range(nb):
-            butterflies(y, b * width, width)
-        flip(y, power(k - k // 2), signs, position, nb * width, v)
+        factor = power(k - k // 2)
+        if in_one(width, position):
+            for o in range(U(0), nb * width, width):
+                butterflies_flip(y, factor, signs, (position + o) % PERIOD, v, o, width)
+            return
+        for o in range(U(0), nb * width, width):
+            butterflies(y, o, width)
+        flip(y, factor, signs, position, nb * width, v)
         return
     o, left = U(0), width
     while left:
