@@ -62,7 +62,8 @@ class DiLoCo(Outer):
         inner: any torch optimizer of these parameters. Or None: then call `tick` after its step.
         communicator: of the ranks; its policy says how D travels (`e3m0:block=256`, `sigma8`).
             Without feedback codecs round at random by default; ":round=nearest" is better here.
-            Used by nothing else.
+            Used by nothing else; with an overlap its group is no other's either, as an exchange
+            may be under way while the ranks meet there for something else (`dist.new_group()`).
         period: H, inner steps from one exchange of a parameter to its next. 30 to 500 in papers.
         lr, momentum: of the outer SGD. lr and momentum may be changed between steps, on all ranks.
         nesterov: False: plain momentum, theta <- theta - lr b.

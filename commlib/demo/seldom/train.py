@@ -89,7 +89,9 @@ class Outer(Alone):
 
         super().__init__(args)
         self.period = args.period
-        self.communicator = Communicator(None, OUTER, seed=args.seed)
+        # a group of its own: an exchange may be under way while the ranks meet at a barrier
+        self.group = dist.new_group()
+        self.communicator = Communicator(self.group, OUTER, seed=args.seed)
         named = list(self.model.named_parameters())
         options: dict[str, Any] = {"period": args.period}
         if method == "streaming":
@@ -104,7 +106,9 @@ class Outer(Alone):
         return self.outer.theta
 
     def close(self) -> None:
+        self.outer.finish()
         self.communicator.close()
+        dist.destroy_process_group(self.group)
 
 
 class Elastic(Alone):
