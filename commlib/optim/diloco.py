@@ -16,8 +16,9 @@ begins then, goes on beside the next tau inner steps, and is applied after them:
     W_i   <- mix W_i + (1 - mix) theta
 
 **Which exchange.** An all-reduce sends 2 (W-1)/W payloads a rank and codes twice, a gather of all
-D_i sends W-1 and codes once. At four ranks a gather sends twice as much, and the second coding is
-what `bench/diloco.py` measures with `@two_phase:back=bf16`; so it is all_reduce.
+D_i sends W-1 and codes once: twice as much at four ranks, as much at two. What the second coding
+costs is the difference to `@two_phase:back=bf16`: in `bench/diloco.py` less than the seeds' own. So
+it is an all-reduce.
 
 Ranks must not drift apart by a bit, on whatever machines they run: theta is moved by products and
 sums that round one by one, none of them fused.

@@ -260,6 +260,9 @@ class Members:
             count = self._count(f"{number}/arrived")
             here = {self._get(f"{number}/arrived/{n + 1}") for n in range(count)}
             here -= {one for one in here if one is None or self._has(f"left/{one}")}
+            if self.id not in here:  # who let it in has not seen that it arrived
+                self._drop()
+                raise LeftOut
             missing = {one for one in last.everybody - here if not self._has(f"left/{one}")}
             if not missing or time.monotonic() > begun + patience:
                 self._propose(number, last, {one for one in here if one is not None})
