@@ -217,6 +217,7 @@ def test_bad_words_are_refused(
     assert complaint in capsys.readouterr().err
 
 
+@pytest.mark.bench
 @pytest.mark.processes
 @pytest.mark.timeout(240)
 def test_demo_over_a_network(

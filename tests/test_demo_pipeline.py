@@ -210,6 +210,7 @@ def for_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
 
 
+@pytest.mark.bench
 @pytest.mark.processes
 @pytest.mark.timeout(240)
 @pytest.mark.usefixtures("for_ranks")
@@ -244,6 +245,7 @@ def test_two_stages_train_by_every_method(
     assert rows["int4+delta/int4"]["memory_bytes"] == references
 
 
+@pytest.mark.bench
 @pytest.mark.processes
 @pytest.mark.timeout(240)
 @pytest.mark.usefixtures("for_ranks")
@@ -260,6 +262,7 @@ def test_loss_after_epochs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     assert "int2+delta/int4: training loss" in capfd.readouterr().out
 
 
+@pytest.mark.bench
 @pytest.mark.processes
 @pytest.mark.timeout(240)
 @pytest.mark.usefixtures("for_ranks")

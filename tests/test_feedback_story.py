@@ -6,6 +6,8 @@ import pytest
 
 from bench.feedback import Expected, Row, digits, ecq, guard, refusals
 
+pytestmark = pytest.mark.bench
+
 pytest.importorskip("sklearn")
 
 

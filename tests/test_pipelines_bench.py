@@ -7,6 +7,8 @@ import pytest
 from bench.feedback import Row
 from bench.pipelines import COLUMNS, boundaries, buffers, lep, show, stores
 
+pytestmark = pytest.mark.bench
+
 pytest.importorskip("sklearn")
 
 

@@ -23,6 +23,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "small", TINY)
 
 
+@pytest.mark.bench
 def test_the_gradients_are_those_of_the_ranks_at_the_step() -> None:
     source = command.Source(model="small", step=3, ranks=2, context=16, seed=5)
     found = command.measure(source, ("int2+ef", "int4+ef"))
@@ -46,6 +47,7 @@ def test_the_gradients_are_those_of_the_ranks_at_the_step() -> None:
     torch.testing.assert_close(found.table, expected.table, rtol=1e-3, atol=0)
 
 
+@pytest.mark.bench
 def test_it_prints_a_plan_and_writes_its_policy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,6 +86,7 @@ def test_it_prints_a_plan_and_writes_its_policy(
         assert (row["coding_ms"] > 0) == (row is not fp32)
 
 
+@pytest.mark.bench
 def test_a_larger_alpha_spends_fewer_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     def size(*words: str) -> float:
         assert main(["plan", "--model", "small", "--step", "2", "--ranks", "2", *words]) == 0
@@ -120,6 +123,7 @@ def test_what_is_refused(
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.bench
 def test_a_budget_that_no_candidate_meets(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model", "small", "--step", "1", "--ranks", "2", "--schemes", "int2+ef,int4+ef"]
     assert main(["plan", *words, "--alpha", "0.001"]) == 1

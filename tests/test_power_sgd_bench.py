@@ -9,7 +9,7 @@ import pytest
 
 from bench.power_sgd import PLAIN, main
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.bench]
 
 
 def test_ours_and_pytorch_s(tmp_path: Path) -> None:

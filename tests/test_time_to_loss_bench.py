@@ -9,6 +9,8 @@ import pytest
 
 from bench.time_to_loss import PLAIN, Row, main, verdicts
 
+pytestmark = pytest.mark.bench
+
 
 @pytest.mark.processes
 @pytest.mark.timeout(300)  # four processes that each start torch

@@ -8,6 +8,8 @@ import torch
 from bench import dasgd, dasgd_held
 from bench.feedback import Row
 
+pytestmark = pytest.mark.bench
+
 
 def told(rows: list[Row]) -> str:
     return "\n".join(f"{row.table} {row.what} {row.scheme}: {row.value:.3g}" for row in rows)

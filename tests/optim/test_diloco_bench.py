@@ -7,6 +7,8 @@ import pytest
 from bench import diloco
 from bench.feedback import Row
 
+pytestmark = pytest.mark.bench
+
 pytest.importorskip("sklearn")
 
 

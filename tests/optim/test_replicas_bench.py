@@ -7,6 +7,8 @@ import pytest
 from bench import ef21, onebit
 from bench.feedback import Row
 
+pytestmark = pytest.mark.bench
+
 pytest.importorskip("sklearn")
 
 
