@@ -20,6 +20,7 @@ Exit code 1 where a bar fails. Processes are forked by a server that has loaded 
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import multiprocessing
 import os
@@ -311,6 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # of all processes: workers of digits have nothing to share out
     os.environ.update(GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     torch.set_num_threads(1)
+    logging.getLogger("commlib").setLevel(logging.ERROR)  # workers that are gone are meant to be
     rows = []
     crew = Crew()
     try:

@@ -11,6 +11,7 @@ from commlib.optim.pipeline import Pipeline
 from commlib.optim.pprs import GD, PPRS, Nesterov
 from commlib.optim.rules import Add, Averaged, Momentum
 from commlib.optim.serving import Server, connect
+from commlib.optim.shards import Sharded, connect_shards, shards
 from commlib.optim.ticks import Schedule
 from commlib.optim.tree import Node
 
@@ -32,7 +33,10 @@ __all__ = [
     "Pipeline",
     "Schedule",
     "Server",
+    "Sharded",
     "connect",
+    "connect_shards",
     "local",
+    "shards",
     "stable",
 ]
