@@ -9,10 +9,12 @@ workers run as fast as they go, so no two runs are alike.
                moments. A process that waited takes its place, under its name, from the centre (no
                saved state), and goes on with the batches after those its predecessor had done: both
                runs do the same number of worker steps in all. A killed worker's way since its last
-               exchange is lost. Every step sleeps a little in both runs, so that kills spread
+               exchange is lost. Every step sleeps a little in both runs, so that kills spread.
+               Which workers run at once is another in a run with kills, and the loss with it: so
+               beside it the same in turns (round robin, one process), where nothing else differs
     tree       a root here, two inner nodes and four leaves, each a process
 
-    python -m bench.easgd_processes [--table processes kills tree] [--json]
+    python -m bench.easgd_processes [--table processes kills turns tree] [--json]
 
 Exit code 1 where a bar fails. Processes are forked by a server that has loaded what they need.
 """
@@ -31,6 +33,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +43,7 @@ import torch.distributed as dist
 from tabulate import tabulate
 from tqdm import tqdm
 
-from bench.easgd import BETA, RATE, STEPS, WORKERS, named
+from bench.easgd import BETA, RATE, STEPS, WORKERS, Trainee, elastic, named, trainee
 from bench.easgd_ranks import Inner, Task, rank_main
 from bench.feedback import Row, holds, number, verdict, write
 from bench.problems import Digits
@@ -244,6 +247,41 @@ def kills(crew: Crew, seeds: Sequence[int], args: argparse.Namespace) -> Iterato
                   holds(loss / base, "<= 1.1"))  # fmt: skip
 
 
+def in_turns(seeds: Sequence[int], args: argparse.Namespace, push: str, seed: int | None) -> float:
+    """Loss of the centre after workers that take turns; seed: of the kills, None: without."""
+    problem, steps, rng = Digits(seeds), args.kill_steps, random.Random(seed)
+    center = Center(named(problem), push=push)
+
+    def come(rank: int, begin: int) -> Trainee:
+        one = trainee(problem, center, rank, elastic(PERIOD), RATE, 0.0, steps)
+        return one._replace(batches=islice(one.batches, begin, None))
+
+    moments = rng.sample(range(WORKERS * steps), args.kills if seed is not None else 0)
+    struck, trainees = set(moments), [come(rank, 0) for rank in range(WORKERS)]
+    for step in range(steps):
+        for rank in range(WORKERS):
+            if step * WORKERS + rank in struck:
+                trainees[rank] = come(rank, step)
+            trainees[rank].step(problem)
+    losses = problem.losses(center.values)
+    return math.fsum(losses) / len(losses)
+
+
+def turns(crew: Crew, seeds: Sequence[int], args: argparse.Namespace) -> Iterator[Row]:
+    """What kills alone do to the loss: three draws of moments, against none."""
+    del crew
+    push, began = "int4", time.perf_counter()
+    base = in_turns(seeds, args, push, None)
+    found = [in_turns(seeds, args, push, seed) for seed in range(args.runs)]
+    ratio = statistics.median(found) / base
+    yield Row("turns", push, "undisturbed", base)
+    yield Row("turns", push, "killed / undisturbed", ratio, None, None, "<= 1.1",
+              holds(ratio, "<= 1.1"), time.perf_counter() - began,
+              ", ".join(f"{loss:.5f}" for loss in found),
+              {"seeds": len(seeds), "steps": args.kill_steps, "kills": args.kills,
+               "losses": found})  # fmt: skip
+
+
 def tree(crew: Crew, seeds: Sequence[int], args: argparse.Namespace) -> Iterator[Row]:
     """A root, two inner nodes, four leaves."""
     problem, rate = Digits(seeds), moving_rate(DEGREE)
@@ -281,6 +319,7 @@ def tree(crew: Crew, seeds: Sequence[int], args: argparse.Namespace) -> Iterator
 TABLES: dict[str, Callable[[Crew, Sequence[int], argparse.Namespace], Iterator[Row]]] = {
     "processes": processes,
     "kills": kills,
+    "turns": turns,
     "tree": tree,
 }
 HEADERS = ("table", "scheme", "", "figure", "published", "seconds", "", "bar", "")

@@ -139,9 +139,11 @@ class Center:
             return self._sessions[worker]
 
     def forget(self, worker: str) -> None:
-        """Drop what is known of a worker: if it comes again, it gets the values raw."""
+        """Drop what is known of a worker, and its link: if it comes again, it gets the values."""
         with self.lock:
-            self._sessions.pop(worker, None)
+            session = self._sessions.pop(worker, None)
+        if session is not None:
+            session.cut("the centre has forgotten it")
 
     def shown(self) -> tuple[torch.Tensor, int]:
         """What workers see now, in memory of its own, and its version."""
@@ -184,7 +186,7 @@ class Center:
             }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`.
+        """Go on from `state_dict()`. Links from before are cut: their workers come again.
 
         Raises: ValueError: it is of other parameters, schemes or seed; nothing has changed.
         """
@@ -197,9 +199,11 @@ class Center:
             self.values.copy_(state["values"])
             self.version = int(state["version"])
             self.delays = Counter({int(d): int(n) for d, n in state["delays"].items()})
-            self._sessions.clear()
+            before, self._sessions = self._sessions, {}
             for worker, saved in state["sessions"].items():
                 self.session(worker).load_state_dict(saved)
+        for session in before.values():  # without the lock: sessions come before the centre
+            session.cut("the centre has gone to a saved state")
 
     def config(self) -> str:
         """What both ends of every link must have alike, as text."""
@@ -214,14 +218,18 @@ class Session:
         self.center, self.worker = center, worker
         self.lock = threading.Lock()
         """Held while a message is answered; a worker's messages come one after the other."""
-        self._links = 0
+        self._links, self._why = 0, ""
         self._pushed: int | None = None  # the version that the message under way has made
         self._begin()
 
     def open(self) -> int:
         """A number for a new link of this worker; those before it are answered no more."""
+        return self.cut("a newer link bears its name")
+
+    def cut(self, why: str) -> int:
+        """Answer no more on links so far; see `open`."""
         with self.lock:
-            self._links += 1
+            self._links, self._why = self._links + 1, why
             return self._links
 
     def _begin(self) -> None:
@@ -243,7 +251,7 @@ class Session:
         center = self.center
         with self.lock:
             if link is not None and link != self._links:
-                raise RuntimeError(f"there is a newer link to a worker of the name {self.worker!r}")
+                raise RuntimeError(f"a link of worker {self.worker!r} was cut: {self._why}")
             self._pushed = None
             made = self._answer(message)
             pushed = self._pushed

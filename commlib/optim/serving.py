@@ -199,7 +199,7 @@ class Server:
         try:
             return session.answer(message, link)
         except (RuntimeError, ValueError) as error:
-            text = f"centre {self.name!r} cut a link: {error}"
+            text = f"centre {self.name!r}: {error}"
             logger.warning("%s", text.splitlines()[0])
             return Message(Kind.ENDED, 0, packed(text))
 

@@ -14,6 +14,7 @@ and DOWNPOUR work as they do with one centre; bit for bit where the codec goes b
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -133,9 +134,10 @@ class Sharded:
         return torch.cat([link.push(part) for link, part in parts])
 
     def close(self) -> None:
-        """Leave all."""
-        for link in self.links:
-            link.close()
+        """Leave all. RuntimeError: an owner is gone; the others know."""
+        with contextlib.ExitStack() as stack:
+            for link in self.links:
+                stack.callback(link.close)
 
     def state_dict(self) -> dict[str, Any]:
         """The links' states, in their order: `connect_shards` goes on from it."""
@@ -181,14 +183,11 @@ def connect_shards(
     states = [None] * count if state is None else state["links"]
     if len(states) != count:
         raise ValueError(f"connect_shards: the state is of {len(states)} shards, not of {count}")
-    try:
+    with contextlib.ExitStack() as stack:  # where one owner is not there, leave the others
         for place, pieces in enumerate(shards(params, count, align=align)):
             one = f"{name}{place}"
-            links.append(
-                connect(store, pieces, worker, name=one, timeout=timeout, state=states[place])
-            )
-    except BaseException:
-        for link in links:
-            link.close()
-        raise
+            link = connect(store, pieces, worker, name=one, timeout=timeout, state=states[place])
+            stack.callback(link.close)
+            links.append(link)
+        stack.pop_all()
     return Sharded(links)

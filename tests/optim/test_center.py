@@ -191,6 +191,7 @@ def test_other_parameters_are_refused(mine: Named, told: str) -> None:
         ({"push": "int4", "pull": "int4+ef"}, "without feedback"),
         ({"push": "int4|entropy"}, "size is known"),
         ({"push": "int4+lep"}, "mode of pipeline stages"),
+        ({"push": "fp32+ef@power_sgd"}, "no low rank"),
         ({"push": "int5000"}, "does not exist"),
     ],
 )
@@ -287,9 +288,9 @@ def test_a_worker_that_comes_again_cuts_its_old_link() -> None:
     center = Center(params())
     old = local(center, params(), "w")
     new = local(center, params(), "w")
-    with pytest.raises(RuntimeError, match="newer link to a worker of the name 'w'"):
+    with pytest.raises(RuntimeError, match="link of worker 'w' was cut: a newer link"):
         old.push(torch.ones(308))
-    with pytest.raises(RuntimeError, match="newer link"):
+    with pytest.raises(RuntimeError, match="newer link bears its name"):
         old.pull()
     new.push(torch.ones(308))
     assert center.version == 1
@@ -376,3 +377,25 @@ def test_what_is_not_finite_moves_neither_end(dtype: torch.dtype) -> None:
         link.pull()
         assert same(link.copy, centers_copy(center, "w"))
     assert center.values.tolist() == [1.0, 2.0, 3.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("how", ["load", "forget"])
+def test_a_link_that_the_centre_no_longer_knows_is_cut(how: str) -> None:
+    """Its updates would be of versions to come, and the next save would not know its copy."""
+    center = Center(params(), push="int4")
+    saved = center.state_dict()
+    link = local(center, params(), "w")
+    link.push(torch.ones(308))
+    if how == "load":
+        center.load_state_dict(saved)
+    else:
+        center.forget("w")
+    version = center.version
+    with pytest.raises(RuntimeError, match="link of worker 'w' was cut: the centre has"):
+        link.push(torch.ones(308))
+    assert center.version == version
+    again = local(center, params(), "w", link.state_dict())
+    again.push(torch.ones(308))
+    again.pull()
+    assert same(again.copy, centers_copy(center, "w"))
+    assert min(center.delays) == 0

@@ -194,7 +194,7 @@ class Silent:
         """Nothing."""
 
 
-def test_one_owner_that_is_gone_leaves_the_others_in_step() -> None:
+def test_one_owner_that_is_gone_leaves_the_others_in_step(monkeypatch: pytest.MonkeyPatch) -> None:
     centers = owners(3, "int4")
     named = list(model().named_parameters())
     link, other = linked(centers, named, "w"), linked(centers, named, "other")
@@ -204,6 +204,13 @@ def test_one_owner_that_is_gone_leaves_the_others_in_step() -> None:
         link.pull()
     link.links[1]._channel = alive
     link.pull()
+    left = [0]
+    for one in (link.links[0], link.links[2]):
+        monkeypatch.setattr(one, "close", lambda: left.append(1))
+    link.links[1]._channel = Silent()
+    with pytest.raises(RuntimeError, match="gone"):
+        link.close()
+    assert sum(left) == 2
     for center, one in zip(centers, link.links, strict=True):
         there = center.session("w").copy
         assert there is not None
