@@ -82,8 +82,12 @@ class Pipe:
 class Server:
     """Serves a centre to workers over gloo; see above.
 
-        with Server(center, store):
-            ...                         # until the run is over
+        with Server(center, store) as server:
+            server.wait(workers)        # until the run is over
+
+    Wait for the workers before the process ends. A thread that waits for one in gloo cannot be
+    woken; where its wait ends while the interpreter shuts down (the worker dies, or a timeout),
+    python before 3.14 aborts the process, after all is done.
 
     Args:
         center: the centre. It may be read, saved and changed meanwhile.
