@@ -17,6 +17,7 @@ from commlib.optim.pipeline import Pipeline
 from commlib.optim.pprs import GD, PPRS, Nesterov
 from commlib.optim.rules import Add, Averaged, Momentum
 from commlib.optim.serving import Server, connect
+from commlib.optim.shards import Sharded, connect_shards, shards
 from commlib.optim.staleness import Staleness, staleness
 from commlib.optim.ticks import Schedule
 from commlib.optim.tree import Node
@@ -46,11 +47,14 @@ __all__ = [
     "Projected",
     "Schedule",
     "Server",
+    "Sharded",
     "Staleness",
     "Sync",
     "connect",
+    "connect_shards",
     "local",
     "schedules",
+    "shards",
     "stable",
     "staleness",
 ]

@@ -16,6 +16,7 @@ as it was, or with its whole update in it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
@@ -74,11 +75,11 @@ class Message(NamedTuple):
 class Channel(Protocol):
     """How a worker's messages get to its session, in order."""
 
-    def ask(self, message: Message) -> Message:
-        """Send a message and wait for the answer. RuntimeError: the centre is gone."""
-
     def tell(self, message: Message) -> None:
-        """Send a message that has no answer."""
+        """Send a message. RuntimeError: the centre is gone."""
+
+    def hear(self) -> Message:
+        """The answer to the oldest message not yet answered. RuntimeError: the centre is gone."""
 
     def close(self) -> None:
         """End it."""
@@ -124,7 +125,8 @@ class Center:
         """How many updates were made on values so many updates old."""
         self.lock = threading.RLock()
         self.after: Callable[[int], None] | None = None
-        """Called with the version after an update, by the thread of the worker that pushed it."""
+        """Called with the version after an update was pushed, by the thread of its worker, which
+        holds no lock: it may save the centre."""
         self.bytes_sent = self.bytes_received = 0
         self._sessions: dict[str, Session] = {}
         Session(self, "")  # a codec that cannot serve is refused here, not when a worker comes
@@ -137,24 +139,25 @@ class Center:
             return self._sessions[worker]
 
     def forget(self, worker: str) -> None:
-        """Drop what is known of a worker: if it comes again, it gets the values raw."""
+        """Drop what is known of a worker, and its link: if it comes again, it gets the values."""
         with self.lock:
-            self._sessions.pop(worker, None)
+            session = self._sessions.pop(worker, None)
+        if session is not None:
+            session.cut("the centre has forgotten it")
 
     def shown(self) -> tuple[torch.Tensor, int]:
         """What workers see now, in memory of its own, and its version."""
         with self.lock:
             return self.rule.shown(self.values).clone(), self.version
 
-    def apply(self, update: torch.Tensor, source: int) -> None:
-        """Let the rule apply an update made on version `source`."""
+    def apply(self, update: torch.Tensor, source: int) -> int:
+        """Let the rule apply an update made on version `source`; the version after it."""
         with self.lock:
             delay = self.version - source
             self.rule.apply(self.values, update, delay)
-            self.version = version = self.version + 1
+            self.version += 1
             self.delays[delay] += 1
-        if self.after is not None:
-            self.after(version)
+            return self.version
 
     def copy_to(self, params: Iterable[torch.Tensor], values: torch.Tensor | None = None) -> None:
         """Write the values (or others of the same shape) to parameters in their order."""
@@ -162,19 +165,28 @@ class Center:
             spread(self.values if values is None else values, params)
 
     def state_dict(self) -> dict[str, Any]:
-        """Values, version, the rule's memory and what workers know: a run goes on bit for bit."""
+        """Values, version, the rule's memory and what workers know: a run goes on bit for bit.
+
+        It may be taken while workers push and pull: it is of a moment between their messages.
+        """
         with self.lock:
+            sessions = sorted(self._sessions.items())
+        with contextlib.ExitStack() as held:
+            # sessions before the centre, and in one order, as those who answer take them
+            for _, session in sessions:
+                held.enter_context(session.lock)
+            held.enter_context(self.lock)
             return {
                 "values": self.values.clone(),
                 "version": self.version,
                 "delays": dict(self.delays),
                 "rule": self.rule.state_dict(),
-                "sessions": {w: s.state_dict() for w, s in self._sessions.items()},
+                "sessions": {worker: session.state_dict() for worker, session in sessions},
                 "config": self.config(),
             }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`.
+        """Go on from `state_dict()`. Links from before are cut: their workers come again.
 
         Raises: ValueError: it is of other parameters, schemes or seed; nothing has changed.
         """
@@ -187,9 +199,11 @@ class Center:
             self.values.copy_(state["values"])
             self.version = int(state["version"])
             self.delays = Counter({int(d): int(n) for d, n in state["delays"].items()})
-            self._sessions.clear()
+            before, self._sessions = self._sessions, {}
             for worker, saved in state["sessions"].items():
                 self.session(worker).load_state_dict(saved)
+        for session in before.values():  # without the lock: sessions come before the centre
+            session.cut("the centre has gone to a saved state")
 
     def config(self) -> str:
         """What both ends of every link must have alike, as text."""
@@ -204,7 +218,19 @@ class Session:
         self.center, self.worker = center, worker
         self.lock = threading.Lock()
         """Held while a message is answered; a worker's messages come one after the other."""
+        self._links, self._why = 0, ""
+        self._pushed: int | None = None  # the version that the message under way has made
         self._begin()
+
+    def open(self) -> int:
+        """A number for a new link of this worker; those before it are answered no more."""
+        return self.cut("a newer link bears its name")
+
+    def cut(self, why: str) -> int:
+        """Answer no more on links so far; see `open`."""
+        with self.lock:
+            self._links, self._why = self._links + 1, why
+            return self._links
 
     def _begin(self) -> None:
         center = self.center
@@ -213,20 +239,35 @@ class Session:
             self.worker, center.shape, center.push, center.pull, center.seed, at_center=True
         )
 
-    def answer(self, message: Message) -> Message | None:
+    def answer(self, message: Message, link: int | None = None) -> Message | None:
         """Do what a worker's message asks for; the answer, where it has one.
 
-        Raises: RuntimeError: a message that makes no sense, after which the link is to be cut.
+        Args:
+            link: it came by, of `open`; None: the only one.
+
+        Raises: RuntimeError: a message that makes no sense, after which the link is to be cut, or
+            one by a link older than the newest.
         """
-        made = self._answer(message)
-        with self.center.lock:
-            self.center.bytes_received += message.nbytes
-            self.center.bytes_sent += 0 if made is None else made.nbytes
+        center = self.center
+        with self.lock:
+            if link is not None and link != self._links:
+                raise RuntimeError(f"a link of worker {self.worker!r} was cut: {self._why}")
+            self._pushed = None
+            made = self._answer(message)
+            pushed = self._pushed
+        with center.lock:
+            center.bytes_received += message.nbytes
+            center.bytes_sent += 0 if made is None else made.nbytes
+        if pushed is not None and center.after is not None:
+            center.after(pushed)
         return made
 
     def _answer(self, message: Message) -> Message | None:
         if message.kind is Kind.JOIN:
-            return self._join(json.loads(bytes(message.body.numpy())))
+            who = json.loads(bytes(message.body.numpy()))
+            if not isinstance(who, dict):
+                raise RuntimeError(f"worker {self.worker!r} joined as {shorten(who)}")
+            return self._join(who)
         if message.kind is Kind.LEAVE:
             return None
         if self.copy is None:
@@ -238,7 +279,7 @@ class Session:
             return Message(Kind.COPY, version, wire)
         if message.kind is Kind.PUSH:
             update = self._push.decode(message.body)
-            self.center.apply(update, message.number)
+            self._pushed = self.center.apply(update, message.number)
             if self.center.rule.additive:
                 self.copy += update
             return None
@@ -344,10 +385,12 @@ def flat(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def spread(values: torch.Tensor, params: Iterable[torch.Tensor]) -> None:
-    """Write flat `values` to the tensors they are of."""
-    place = 0
+    """Write flat `values` to the tensors they are of. ValueError: to others, which stay."""
+    place, those = 0, list(params)
+    if (there := sum(one.numel() for one in those)) != values.numel():
+        raise ValueError(f"parameters have {there} values, the centre {values.numel()}")
     with torch.no_grad():
-        for one in params:
+        for one in those:
             one.copy_(values[place : place + one.numel()].view_as(one))
             place += one.numel()
 

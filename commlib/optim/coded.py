@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from commlib import stamp
+from commlib.algorithms import PowerSGD
 from commlib.feedback import Compressor, Plain
 from commlib.modes import OF_PIPELINES
 from commlib.scheme import DTYPES, Role, Scheme, check_fixed_size
@@ -27,13 +28,14 @@ class Coded:
 
     Args:
         name: of the direction, the same at both ends and no other's.
-        scheme: codec and, at the sender, feedback; its algorithm is not used.
+        scheme: codec and, at the sender, feedback; its algorithm, of collectives, is not used.
         sizes: elements of each tensor, coded back to back; blocks restart at each.
         dtype: of the tensors. All but fp32, fp16 and bf16 travel raw.
         sends: whether this is the sender's end.
         seed: of the random streams.
 
-    Raises: ValueError: a codec whose messages have no fixed size; a feedback of pipelines.
+    Raises: ValueError: a codec whose messages have no fixed size; a feedback of pipelines; low
+        rank, which is an algorithm.
     """
 
     def __init__(
@@ -57,6 +59,10 @@ class Coded:
             raise ValueError(
                 f"{scheme}: {scheme.feedback.id} is a mode of pipeline stages; use "
                 f"{scheme.codec}+ef for updates, {scheme.codec} for copies"
+            )
+        if isinstance(scheme.algorithm, PowerSGD):
+            raise ValueError(
+                f"{scheme}: a link to a centre knows no low rank; use a codec, as in int4+ef"
             )
         self._compressor = Compressor(scheme.codec, scheme.feedback if sends else Plain(), seed)
         body = self.numel * dtype.itemsize

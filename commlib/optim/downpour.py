@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from commlib.optim.center import flat, spread
-from commlib.optim.easgd import check_params
+from commlib.optim.easgd import check_params, params_of
 from commlib.optim.link import Elastic
 from commlib.optim.ticks import check_count
 
@@ -34,7 +34,7 @@ class Downpour:
         center: a `Link`.
         period: steps from one push to the next.
 
-    Raises: ValueError: a period below 1.
+    Raises: ValueError: a period below 1, other parameters than the link's or another order.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Downpour:
     ) -> None:
         check_count("Downpour: period", period)
         self.optimizer, self.center, self.period = optimizer, center, period
-        self._params = [p for group in optimizer.param_groups for p in group["params"]]
+        self._params = params_of("Downpour", optimizer, center)
         self.steps = 0
         self._begin()
 

@@ -23,6 +23,7 @@ thesis, arXiv 1605.02216.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -80,7 +81,8 @@ class EASGD:
             it. None takes the largest region, of vanishing learning rates.
         unstable: allow rates outside the proven region.
 
-    Raises: ValueError: rates outside the region, a period below 1.
+    Raises: ValueError: rates outside the region, a period below 1, other parameters than the
+        link's or another order.
     """
 
     def __init__(
@@ -101,7 +103,7 @@ class EASGD:
         self.center_rate = self.moving_rate if center_rate is None else float(center_rate)
         if self.center_rate == 0 and self.moving_rate != 0:
             raise ValueError("EASGD: center_rate is 0, allowed: others, or moving_rate 0 too")
-        self._params = [p for group in optimizer.param_groups for p in group["params"]]
+        self._params = params_of("EASGD", optimizer, center)
         rate = max(float(group["lr"]) for group in optimizer.param_groups)
         eta = rate * (0.0 if curvature is None else curvature)
         if not unstable:
@@ -145,6 +147,22 @@ class EASGD:
         self.optimizer.load_state_dict(state["optimizer"])
         spread(state["params"], self._params)
         self.steps = int(state["steps"])
+
+
+def params_of(who: str, optimizer: torch.optim.Optimizer, center: Elastic) -> list[torch.Tensor]:
+    """The optimizer's parameters, in its order, which has to be the centre's (ValueError).
+
+    Orders are told apart by sizes: parameters end where the centre's end.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    mine, there = [p.numel() for p in params], center.sizes
+    if sum(mine) != sum(there) or not {*accumulate(mine)} <= {*accumulate(there)}:
+        raise ValueError(
+            f"{who}: the optimizer has {len(params)} parameters of {sum(mine)} values, its centre "
+            f"{len(there)} of {sum(there)}, or they are in another order; allowed: the same, in "
+            "the order of the optimizer's groups. Frozen ones may be in both or in neither"
+        )
+    return params
 
 
 def check_params(who: str, state: Mapping[str, Any], params: Iterable[torch.Tensor]) -> None:

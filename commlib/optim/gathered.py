@@ -7,7 +7,8 @@ W-1 payloads, and nothing is coded twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -35,6 +36,11 @@ class Gathered:
         self._ndims = tuple(tensor.ndim for _, tensor in named)
         self.copy = flat(tensor for _, tensor in named)
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Elements of each parameter."""
+        return self._shape.sizes
+
     def pull(self) -> torch.Tensor:
         """The centre."""
         return self.copy
@@ -50,3 +56,16 @@ class Gathered:
         for row in rows:
             self.copy += row
         return rows[self.communicator.rank]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The centre; the communicator has a state of its own."""
+        return {"copy": self.copy.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`. ValueError: of another number of values."""
+        if state["copy"].shape != self.copy.shape:
+            raise ValueError(
+                f"Gathered: the state has {state['copy'].numel()} values, the parameters "
+                f"{self.copy.numel()}"
+            )
+        self.copy.copy_(state["copy"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
@@ -31,9 +32,13 @@ class Elastic(Protocol):
     """What a method needs of a centre, wherever it lies. Flat tensors, parameters back to back.
 
     copy: what this worker knows of the centre.
+    sizes: elements of each parameter, or of the pieces that it is cut into.
     """
 
     copy: torch.Tensor
+
+    @property
+    def sizes(self) -> tuple[int, ...]: ...
 
     def pull(self) -> torch.Tensor:
         """Renew the copy, and return it."""
@@ -70,15 +75,31 @@ class Link:
         self.version = 0
         """Of the centre, when the copy was made."""
         self._channel = channel
+        self._ended = ""
         mine = flat(tensor for _, tensor in named)
         who: dict[str, Any] = {"worker": worker, **self.shape.about(), "has": crc(mine)}
         if state is not None:
             who["knows"] = self._loaded(state)
-        self._welcomed(self._ask(Message(Kind.JOIN, 0, packed(json.dumps(who)))), mine)
+        self._tell(Message(Kind.JOIN, 0, packed(json.dumps(who))))
+        self._welcomed(self._hear(), mine)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Elements of each parameter."""
+        return self.shape.sizes
 
     def pull(self) -> torch.Tensor:
         """Renew the copy of the centre, and return it (not to be written to)."""
-        reply = self._ask(Message(Kind.PULL, self.version, EMPTY))
+        self.request()
+        return self.receive()
+
+    def request(self) -> None:
+        """The first half of `pull`, which does not wait for the answer."""
+        self._tell(Message(Kind.PULL, self.version, EMPTY))
+
+    def receive(self) -> torch.Tensor:
+        """The other half."""
+        reply = self._hear()
         self.copy += self._pull.decode(reply.body)
         self.version = reply.number
         return self.copy
@@ -88,7 +109,15 @@ class Link:
 
         Args:
             source: version of the centre that it was made on; None: the copy's.
+
+        Raises: ValueError: an update of another shape or dtype than the copy; nothing has changed.
         """
+        wanted = (self.copy.shape, self.copy.dtype)
+        if (update.shape, update.dtype) != wanted:
+            raise ValueError(
+                f"worker {self.worker!r}: an update of shape {tuple(update.shape)}, "
+                f"{update.dtype}, allowed: {tuple(wanted[0])}, {wanted[1]}"
+            )
         wire, arrives = self._push.encode(update)
         self._tell(Message(Kind.PUSH, self.version if source is None else source, wire))
         if self._additive:
@@ -105,8 +134,9 @@ class Link:
 
     def close(self) -> None:
         """Leave. The centre remembers this worker's copy in case it comes again."""
-        self._tell(Message(Kind.LEAVE, 0, EMPTY))
-        self._channel.close()
+        if not self._ended:
+            self._tell(Message(Kind.LEAVE, 0, EMPTY))
+            self._end("it was closed")
 
     def state_dict(self) -> dict[str, Any]:
         """The copy, and where both directions are."""
@@ -149,37 +179,41 @@ class Link:
             self.worker, self.shape, push, pull, about["seed"], at_center=False
         )
 
-    def _ask(self, message: Message) -> Message:
-        self.bytes_sent += message.nbytes
-        reply = self._channel.ask(message)
-        self.bytes_received += reply.nbytes
-        if reply.kind is Kind.REFUSED:
-            self._channel.close()
-            raise ValueError(bytes(reply.body.numpy()).decode())
-        if reply.kind is Kind.ENDED:
-            raise RuntimeError(bytes(reply.body.numpy()).decode())
-        return reply
-
     def _tell(self, message: Message) -> None:
+        if self._ended:
+            raise RuntimeError(f"the link of worker {self.worker!r} has ended: {self._ended}")
         self.bytes_sent += message.nbytes
         self._channel.tell(message)
+
+    def _hear(self) -> Message:
+        reply = self._channel.hear()
+        self.bytes_received += reply.nbytes
+        if reply.kind in (Kind.REFUSED, Kind.ENDED):
+            self._end(bytes(reply.body.numpy()).decode())
+            raise (ValueError if reply.kind is Kind.REFUSED else RuntimeError)(self._ended)
+        return reply
+
+    def _end(self, why: str) -> None:
+        self._ended = why
+        self._channel.close()
 
 
 class Local:
     """A channel to a centre in this process."""
 
     def __init__(self, session: Session) -> None:
-        self._session = session
-
-    def ask(self, message: Message) -> Message:
-        """The session's answer."""
-        reply = self._session.answer(message)
-        assert reply is not None, message.kind
-        return reply
+        self._session, self._number = session, session.open()
+        self._replies: deque[Message] = deque()
 
     def tell(self, message: Message) -> None:
         """Hand it over."""
-        self._session.answer(message)
+        reply = self._session.answer(message, self._number)
+        if reply is not None:
+            self._replies.append(reply)
+
+    def hear(self) -> Message:
+        """The session's answer."""
+        return self._replies.popleft()
 
     def close(self) -> None:
         """Nothing to end."""

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch.distributed import distributed_c10d
 
-from commlib.optim.center import HEADER, Center, Kind, Message, packed
+from commlib.optim.center import HEADER, Center, Kind, Message, Session, packed
 from commlib.optim.link import EMPTY, Link
 
 logger = logging.getLogger("commlib")
@@ -37,6 +37,7 @@ POLL = 0.02  # seconds between looks for new workers
 TAG = 0x63656E
 ROOM = 1 << 20  # bytes of a body beyond the values': names and schemes
 CENTER, WORKER = 0, 1
+ASKS = (Kind.JOIN, Kind.PULL)  # the messages that have an answer
 
 # A gloo group that is destroyed with a call of a dead peer still in it may wait for the
 # interpreter's lock while it is held; so groups stay until the process ends.
@@ -54,14 +55,14 @@ class Pipe:
         self._group = c10d.ProcessGroupGloo(store, place, 2, datetime.timedelta(seconds=timeout))
         _kept.append(self._group)
 
-    def send(self, message: Message) -> None:
+    def tell(self, message: Message) -> None:
         """Send a message. RuntimeError: the other end is gone."""
         head = torch.tensor([message.kind, message.number, message.body.numel(), 0])
         self._group.send([head], self._peer, TAG).wait()
         if message.body.numel():
             self._group.send([message.body], self._peer, TAG).wait()
 
-    def recv(self) -> Message:
+    def hear(self) -> Message:
         """The next message. RuntimeError: the other end is gone, or sends what is no message."""
         head = torch.empty(HEADER // 8, dtype=torch.int64)
         self._group.recv([head], self._peer, TAG).wait()
@@ -74,13 +75,6 @@ class Pipe:
             self._group.recv([body], self._peer, TAG).wait()
         return Message(Kind(kind), number, body)
 
-    def ask(self, message: Message) -> Message:
-        """Send a message and wait for the answer. RuntimeError: the other end is gone."""
-        self.send(message)
-        return self.recv()
-
-    tell = send
-
     def close(self) -> None:
         """Nothing: see `_kept`."""
 
@@ -88,8 +82,12 @@ class Pipe:
 class Server:
     """Serves a centre to workers over gloo; see above.
 
-        with Server(center, store):
-            ...                         # until the run is over
+        with Server(center, store) as server:
+            server.wait(workers)        # until the run is over
+
+    Wait for the workers before the process ends. A thread that waits for one in gloo cannot be
+    woken; where its wait ends while the interpreter shuts down (the worker dies, or a timeout),
+    python before 3.14 aborts the process, after all is done.
 
     Args:
         center: the centre. It may be read, saved and changed meanwhile.
@@ -141,41 +139,54 @@ class Server:
             return self._changed.wait_for(lambda: wanted <= self._left, timeout)
 
     def _accept(self) -> None:
-        served = 0
-        while not self._closed.is_set():
-            try:
+        """Take workers in as they come; a thread for each."""
+        unnamed: list[int] = []  # have arrived, and have not said who they are
+        try:
+            seen = self._store.add(f"{self.name}/taken", 0)  # by a server of the name before this
+            while not self._closed.is_set():
                 there = self._store.add(f"{self.name}/arrivals", 0)
-            except RuntimeError as error:
-                logger.error("centre %r: its store is gone: %s", self.name, error)
-                return
-            for number in range(served + 1, there + 1):
-                worker = self._store.get(f"{self.name}/arrival/{number}").decode()
-                target = self._serve
-                threading.Thread(
-                    target=target, args=(number, worker), name=f"commlib {worker}", daemon=True
-                ).start()
-            served = there
-            time.sleep(POLL)
+                unnamed += range(seen + 1, there + 1)
+                self._store.add(f"{self.name}/taken", there - seen)
+                seen = there
+                for number in list(unnamed):
+                    key = f"{self.name}/arrival/{number}"
+                    if self._store.check([key]):  # one that was killed before never does
+                        unnamed.remove(number)
+                        self._take(number, self._store.get(key).decode())
+                time.sleep(POLL)
+        except RuntimeError as error:
+            logger.error("centre %r: its store is gone: %s", self.name, error)
 
-    def _serve(self, number: int, worker: str) -> None:
-        """Answer one worker until it leaves, dies or comes again."""
+    def _take(self, number: int, worker: str) -> None:
+        """Begin to serve the link `number`. In order of arrival, so that the newest is the last."""
+        session = self.center.session(worker)
         with self._lock:
             self._links[worker] = number
             self._left.discard(worker)
-        session = self.center.session(worker)
-        left = False
+        args = (number, session, session.open())
+        name = f"commlib {worker}"
+        threading.Thread(target=self._serve, args=args, name=name, daemon=True).start()
+
+    def _serve(self, number: int, session: Session, link: int) -> None:
+        """Answer one worker until it leaves, dies or comes again."""
+        worker, left = session.worker, False
         try:
             # a store's client waits with its lock held, for a worker that may be dead by now
             place = c10d.PrefixStore(f"{self.name}/link/{number}", self._store.clone())
             pipe = Pipe(place, CENTER, self.timeout, self._most)
+            ended: Message | None = None
             while not left:
-                message = pipe.recv()
-                with session.lock:
-                    ended = self._ended(worker, number)
-                    reply = session.answer(message) if ended is None else ended
-                if reply is not None:
-                    pipe.send(reply)
+                message = pipe.hear()
+                if ended is None:
+                    reply = self._answer(session, message, link)
+                    if reply is not None and reply.kind is Kind.ENDED:
+                        ended = reply
+                        self._gone(worker, number, left=False)
                 if ended is not None:
+                    reply = ended if message.kind in ASKS else None  # it waits for none but these
+                if reply is not None:
+                    pipe.tell(reply)
+                if ended is not None and (reply is not None or message.kind is Kind.LEAVE):
                     return
                 left = message.kind is Kind.LEAVE
         except (RuntimeError, ValueError) as error:
@@ -183,21 +194,26 @@ class Server:
                 first = str(error).splitlines()[0]
                 logger.warning("centre %r: worker %r is gone: %s", self.name, worker, first)
         finally:
-            with self._changed:
-                if self._links.get(worker) == number:
-                    del self._links[worker]
-                    if left:
-                        self._left.add(worker)
-                self._changed.notify_all()
+            self._gone(worker, number, left=left)
 
-    def _ended(self, worker: str, number: int) -> Message | None:
-        """What a link that is no more is answered."""
+    def _answer(self, session: Session, message: Message, link: int) -> Message | None:
+        """The session's answer; ENDED, with the reason, where there are no more."""
         if self._closed.is_set():
             return Message(Kind.ENDED, 0, packed(f"centre {self.name!r} has closed"))
-        if self._links.get(worker) != number:
-            text = f"centre {self.name!r} has a newer link to a worker of the name {worker!r}"
+        try:
+            return session.answer(message, link)
+        except (RuntimeError, ValueError) as error:
+            text = f"centre {self.name!r}: {error}"
+            logger.warning("%s", text.splitlines()[0])
             return Message(Kind.ENDED, 0, packed(text))
-        return None
+
+    def _gone(self, worker: str, number: int, *, left: bool) -> None:
+        with self._changed:
+            if self._links.get(worker) == number:
+                del self._links[worker]
+                if left:
+                    self._left.add(worker)
+            self._changed.notify_all()
 
 
 def connect(

@@ -58,8 +58,11 @@ class Node:
         with self._lock:
             above = self.parent.pull()
             with self.center.lock:
-                values = self.center.values
-                values -= self.parent.push((values - above).mul_(self.rate))
+                update = (self.center.values - above).mul_(self.rate)
+            # children go on meanwhile: a parent that stalls keeps none of them waiting
+            moved = self.parent.push(update)
+            with self.center.lock:
+                self.center.values -= moved
 
     def _pushed(self, version: int) -> None:
         if version % self.period == 0:

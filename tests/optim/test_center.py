@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from commlib.optim import Averaged, Center, Link, Momentum, local
+from commlib.optim import Add, Averaged, Center, Link, Momentum, local
 from commlib.optim.center import HEADER, Kind, Message, packed
 from commlib.optim.link import EMPTY
 from commlib.optim.rules import Rule
@@ -35,6 +37,13 @@ def noise(generator: torch.Generator, like: torch.Tensor) -> torch.Tensor:
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def from_file(state: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
 def centers_copy(center: Center, worker: str) -> torch.Tensor:
@@ -139,9 +148,9 @@ def test_resume_is_bitwise(push: str, rule: Callable[[], Rule | None]) -> None:
     first = fresh()
     before = links(first, [None] * 2)
     run(first, before, range(7))
-    states = [link.state_dict() for link in before]
+    states = [from_file(link.state_dict()) for link in before]
     second = fresh()
-    second.load_state_dict(first.state_dict())
+    second.load_state_dict(from_file(first.state_dict()))
     after = links(second, states)
     assert all(link.bytes_received < whole.values.nbytes for link in after)
     run(second, after, range(7, 12))
@@ -182,6 +191,7 @@ def test_other_parameters_are_refused(mine: Named, told: str) -> None:
         ({"push": "int4", "pull": "int4+ef"}, "without feedback"),
         ({"push": "int4|entropy"}, "size is known"),
         ({"push": "int4+lep"}, "mode of pipeline stages"),
+        ({"push": "fp32+ef@power_sgd"}, "no low rank"),
         ({"push": "int5000"}, "does not exist"),
     ],
 )
@@ -256,3 +266,136 @@ def test_the_average_of_iterates(rate: float | None, average: float) -> None:
 def test_rates_that_cannot_be(make: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match="allowed"):
         make()
+
+
+@pytest.mark.parametrize("push", ["fp32", "int4+ef"])
+@pytest.mark.parametrize(
+    "update", [torch.ones(1), torch.ones(307), torch.ones(308, 1), torch.ones(308).double()]
+)
+def test_an_update_that_is_none_is_refused_before_anything_is_sent(
+    push: str, update: torch.Tensor
+) -> None:
+    center = Center(params(), push=push)
+    link = local(center, params(), "w")
+    with pytest.raises(ValueError, match=r"allowed: \(308,\), torch\.float32"):
+        link.push(update)
+    link.push(torch.ones(308))
+    assert center.version == 1
+
+
+def test_a_worker_that_comes_again_cuts_its_old_link() -> None:
+    """Two workers by one name are told, instead of taking each other's messages."""
+    center = Center(params())
+    old = local(center, params(), "w")
+    new = local(center, params(), "w")
+    with pytest.raises(RuntimeError, match="link of worker 'w' was cut: a newer link"):
+        old.push(torch.ones(308))
+    with pytest.raises(RuntimeError, match="newer link bears its name"):
+        old.pull()
+    new.push(torch.ones(308))
+    assert center.version == 1
+
+
+def test_a_link_that_was_closed_says_so() -> None:
+    link = local(Center(params()), params(), "w")
+    link.close()
+    link.close()
+    with pytest.raises(RuntimeError, match="link of worker 'w' has ended: it was closed"):
+        link.pull()
+
+
+def test_a_join_that_is_no_object_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="joined as"):
+        Center(params()).session("w").answer(Message(Kind.JOIN, 0, packed("[1]")))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_save_meanwhile_is_of_a_moment_between_messages(inside: bool) -> None:
+    """Alone, a worker's copy is the centre's values: so it is in whatever is saved."""
+    saved: list[Any] = []
+
+    class Slow(Add):
+        def apply(self, values: torch.Tensor, update: torch.Tensor, delay: int) -> None:
+            super().apply(values, update, delay)
+            if not inside:
+                thread = threading.Thread(target=save)
+                threads.append(thread)
+                thread.start()
+                thread.join(0.2)
+
+    def save() -> None:
+        saved.append(center.state_dict())
+
+    threads: list[threading.Thread] = []
+    center = Center(params(), rule=Slow())
+    if inside:
+        center.after = lambda version: save()
+    link = local(center, params(), "w")
+    for _ in range(2):
+        link.push(torch.ones(308))
+    for thread in threads:
+        thread.join(10)
+    assert len(saved) == 2
+    for state in saved:
+        assert same(state["values"], state["sessions"]["w"]["copy"])
+
+
+def test_saves_by_several_workers_at_once_end() -> None:
+    center = Center(params())
+    center.after = lambda version: [center.state_dict(), None][1]
+
+    def work(name: str) -> None:
+        link = local(center, params(), name)
+        for _ in range(50):
+            link.push(torch.ones(308))
+
+    threads = [threading.Thread(target=work, args=(f"w{i}",), daemon=True) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert center.version == 200
+
+
+def test_values_are_not_written_to_other_parameters() -> None:
+    center = Center(params())
+    other = torch.zeros(300)
+    with pytest.raises(ValueError, match="parameters have 300 values, the centre 308"):
+        center.copy_to([other])
+    assert not other.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_is_not_finite_moves_neither_end(dtype: torch.dtype) -> None:
+    """Raw messages: NaN and Inf count as 0, and zeros keep to one sign at both ends."""
+    center = Center([("x", torch.tensor([1.0, 2.0, 3.0, -0.0, 0.0], dtype=dtype))])
+    start = [("x", torch.zeros(5, dtype=dtype))]
+    link = local(center, start, "w")
+    update = torch.tensor([math.nan, math.inf, -math.inf, -0.0, -0.0], dtype=dtype)
+    for _ in range(2):
+        assert not link.push(update).any()
+        link.pull()
+        assert same(link.copy, centers_copy(center, "w"))
+    assert center.values.tolist() == [1.0, 2.0, 3.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("how", ["load", "forget"])
+def test_a_link_that_the_centre_no_longer_knows_is_cut(how: str) -> None:
+    """Its updates would be of versions to come, and the next save would not know its copy."""
+    center = Center(params(), push="int4")
+    saved = center.state_dict()
+    link = local(center, params(), "w")
+    link.push(torch.ones(308))
+    if how == "load":
+        center.load_state_dict(saved)
+    else:
+        center.forget("w")
+    version = center.version
+    with pytest.raises(RuntimeError, match="link of worker 'w' was cut: the centre has"):
+        link.push(torch.ones(308))
+    assert center.version == version
+    again = local(center, params(), "w", link.state_dict())
+    again.push(torch.ones(308))
+    again.pull()
+    assert same(again.copy, centers_copy(center, "w"))
+    assert min(center.delays) == 0

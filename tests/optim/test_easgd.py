@@ -264,3 +264,84 @@ def test_a_node_refuses_rates_that_cannot_be() -> None:
         Node(center, link, 1.5, 1)
     with pytest.raises(ValueError, match="period"):
         Node(center, link, 0.5, 0)
+
+
+@pytest.mark.parametrize("kind", ["EASGD", "Downpour"])
+def test_parameters_in_another_order_or_number_are_refused(kind: str) -> None:
+    """Their values would be written to others."""
+    center = Center(model().named_parameters())
+
+    def make(optimizer: torch.optim.Optimizer, link: Link) -> object:
+        if kind == "EASGD":
+            return EASGD(optimizer, link, moving_rate=0.2)
+        return Downpour(optimizer, link)
+
+    module = model()
+    link = local(center, module.named_parameters(), "w")
+    before = flat(module.parameters())
+    matrices = [p for p in module.parameters() if p.ndim > 1]
+    vectors = [p for p in module.parameters() if p.ndim == 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    for optimizer in (torch.optim.SGD(groups, lr=0.1), torch.optim.SGD(matrices, lr=0.1)):
+        with pytest.raises(ValueError, match="other order"):
+            make(optimizer, link)
+    assert torch.equal(flat(module.parameters()), before)
+    # in the order of the groups it works, and a frozen one stays where it is
+    matrices[0].requires_grad_(False)
+    ordered = [(f"p{n}", p) for n, p in enumerate([*matrices, *vectors])]
+    center = Center(ordered)
+    worker = make(torch.optim.SGD(groups, lr=0.1), local(center, ordered, "w"))
+    frozen = matrices[0].detach().clone()
+    for step in range(3):
+        backward(module, 0, step)
+        worker.step()  # type: ignore[attr-defined]
+    assert torch.equal(matrices[0], frozen)
+    assert not torch.equal(flat(module.parameters()), before)
+
+
+def test_children_go_on_while_a_parent_stalls() -> None:
+    """The node's values are free while its update is under way."""
+    named = [("x", torch.zeros(4))]
+    root, center = Center(named), Center(named)
+    above = local(root, named, "n")
+    push, pulled = above.push, []
+
+    def slow(update: torch.Tensor) -> torch.Tensor:
+        thread = threading.Thread(target=lambda: pulled.append(other.pull()), daemon=True)
+        thread.start()
+        thread.join(5)
+        return push(update)
+
+    above.push = slow  # type: ignore[assignment, method-assign]
+    Node(center, above, 0.5, period=1)
+    other = local(center, named, "other")
+    local(center, named, "w").push(torch.ones(4))
+    assert len(pulled) == 1
+    assert torch.equal(root.values + center.values, torch.ones(4))
+
+
+def test_a_synchronous_run_goes_on_bitwise() -> None:
+    def body(communicator: Communicator) -> bool:
+        def run(worker: EASGD, module: nn.Module, steps: range) -> None:
+            for step in steps:
+                backward(module, communicator.rank, step)
+                worker.step()
+
+        def fresh() -> tuple[nn.Module, Gathered, EASGD]:
+            module = model()
+            center = Gathered(module.named_parameters(), communicator)
+            return module, center, EASGD(sgd(module), center, moving_rate=0.4, period=2)
+
+        module, center, worker = fresh()
+        run(worker, module, range(3))
+        saved = center.state_dict(), worker.state_dict()
+        run(worker, module, range(3, 6))
+        again, other, resumed = fresh()
+        other.load_state_dict(saved[0])
+        resumed.load_state_dict(saved[1])
+        run(resumed, again, range(3, 6))
+        return torch.equal(other.copy, center.copy) and torch.equal(
+            flat(again.parameters()), flat(module.parameters())
+        )
+
+    assert all(on_ranks(2, "fp32", body))

@@ -118,7 +118,7 @@ def test_one_that_comes_again_cuts_its_old_link(served: Any) -> None:
     old = join("w")
     old.push(torch.ones(N))
     new = join("w")
-    with pytest.raises(RuntimeError, match="a newer link to a worker of the name 'w'"):
+    with pytest.raises(RuntimeError, match="link of worker 'w' was cut: a newer link"):
         old.pull()
     new.push(torch.ones(N))
     new.pull()
@@ -176,3 +176,80 @@ def test_a_centre_that_closes_says_so(served: Any) -> None:
 def test_nobody_serves(store: Any) -> None:
     with pytest.raises(RuntimeError):
         connect(store, named(), "w", timeout=0.5)
+
+
+def test_a_centre_that_closes_says_so_after_a_push(served: Any) -> None:
+    """A push has no answer; what is asked after it has."""
+    _, server, join = served
+    link = join("w")
+    server.close()
+    link.push(torch.ones(N))
+    with pytest.raises(RuntimeError, match="centre 'center' has closed"):
+        link.pull()
+    with pytest.raises(RuntimeError, match="link of worker 'w' has ended"):  # and waits for none
+        link.pull()
+
+
+def test_a_worker_is_told_why_its_link_was_cut(served: Any) -> None:
+    center, server, join = served
+    link = join("w")
+    link._channel.tell(Message(Kind.PUSH, 0, torch.zeros(7, dtype=torch.uint8)))
+    assert until(lambda: not server.workers)
+    with pytest.raises(RuntimeError, match="message 1 of w/push has 7 bytes"):
+        link.pull()
+    again = join("w", state=link.state_dict())
+    again.push(torch.ones(N))
+    again.pull()
+    assert center.version == 1
+
+
+def test_one_killed_before_it_said_its_name_keeps_nobody_out(served: Any, store: Any) -> None:
+    _, _, join = served
+    store.add("center/arrivals", 1)
+    join("w").pull()
+
+
+def test_the_newest_of_a_name_is_the_last_to_arrive(
+    served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if the thread that serves an older one is late."""
+    center, server, join = served
+    late, serve = threading.Event(), Server._serve
+
+    def slow(self: Server, number: int, *args: Any) -> None:
+        if number == 1:
+            late.wait(20.0)
+        serve(self, number, *args)
+
+    monkeypatch.setattr(Server, "_serve", slow)
+    old: list[Any] = []
+
+    def come() -> None:
+        try:
+            old.append(join("w"))
+        except RuntimeError as error:
+            old.append(error)
+
+    thread = threading.Thread(target=come, daemon=True)
+    thread.start()
+    assert until(lambda: int(server._store.add("center/arrivals", 0)) == 1)
+    new = join("w")
+    late.set()
+    thread.join(20.0)
+    assert "a newer link" in str(old[0])
+    new.push(torch.ones(N))
+    new.pull()
+    assert center.version == 1
+
+
+def test_a_second_server_of_a_name_has_no_workers_of_the_first(store: Any) -> None:
+    center = Center(named())
+    with Server(center, store, timeout=20.0):
+        link = connect(store, named(), "w", timeout=20.0)
+    with Server(center, store, timeout=20.0) as server:
+        new = connect(store, named(), "v", timeout=20.0, state=None)
+        assert server.workers == ("v",)
+        new.push(torch.ones(N))
+        new.pull()
+    assert center.version == 1
+    del link
