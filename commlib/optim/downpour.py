@@ -1,10 +1,13 @@
 """DOWNPOUR: a worker trains alone for `period` steps, pushes how far it got, and begins anew.
 
-::
+Before every step but the first whose number the period divides::
 
     u    = Q(x_i - m)       m is where it began; what Q leaves out waits in a residual (+ef)
     xc  <- xc + u
     x_i <- m <- xc
+
+and then the step itself, on the gradient of before (the paper's order, and `EASGD`'s, in which an
+exchange may lie beside backward): the first step after an exchange is one of the old parameters.
 
 The rule of the centre makes the variants: `Add` is DOWNPOUR (period 1: asynchronous SGD),
 `Momentum` MDOWNPOUR (period 1 alone), `Averaged` ADOWNPOUR and MVADOWNPOUR.
@@ -47,7 +50,7 @@ class Downpour:
         self._begin()
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """The optimizer's step, and a push where it is time; what `closure` returned.
+        """A push where it is time, and the optimizer's step; what `closure` returned.
 
         Raises: RuntimeError: the centre is gone.
         """
@@ -55,13 +58,20 @@ class Downpour:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.steps and self.steps % self.period == 0:
+            self.exchange()
         self.optimizer.step()
         self.steps += 1
-        if self.steps % self.period == 0:
-            self.center.push(flat(self._params) - self._start)
-            self.center.pull()
-            self._begin()
         return loss
+
+    def exchange(self) -> None:
+        """Push what is not pushed yet, and begin anew: where it is time, and after the last step.
+
+        Raises: RuntimeError: the centre is gone.
+        """
+        self.center.push(flat(self._params) - self._start)
+        self.center.pull()
+        self._begin()
 
     def _begin(self) -> None:
         self._start = self.center.copy.clone()

@@ -166,7 +166,7 @@ def test_synchronous_centres_are_alike(size: int, policy: str) -> None:
 
 @pytest.mark.parametrize("period", [1, 4])
 def test_one_worker_of_downpour_is_sgd(period: int) -> None:
-    """Alone, the centre has what the worker has after every push."""
+    """Alone, an exchange changes nothing but where the centre is."""
     center = Center(model().named_parameters())
     module, plain = model(), model()
     link = local(center, module.named_parameters(), "w")
@@ -176,9 +176,24 @@ def test_one_worker_of_downpour_is_sgd(period: int) -> None:
         backward(plain, 0, step)
         worker.step()
         other.step()
+        assert center.version == step // period
+    worker.exchange()
+    assert center.version == 7 // period + 1
     # additions of updates to the centre round anew
     assert torch.allclose(center.values, flat(plain.parameters()), rtol=0, atol=1e-5)
-    assert torch.allclose(flat(module.parameters()), center.values, rtol=0, atol=0)
+    assert torch.equal(flat(module.parameters()), center.values)
+
+
+def test_the_step_after_an_exchange_is_on_the_gradient_of_before() -> None:
+    center = Center([("x", torch.zeros(1))])
+    x = nn.Parameter(torch.zeros(1))
+    link = local(center, [("x", x)], "w")
+    worker = Downpour(torch.optim.SGD([x], lr=1.0), link, period=1)
+    local(center, [("x", torch.zeros(1))], "other").push(torch.full((1,), 10.0))
+    for gradient, arrived, now in ((1.0, 10.0, -1.0), (2.0, 9.0, 7.0)):
+        x.grad = torch.full((1,), gradient)
+        worker.step()
+        assert (float(center.values), float(x.detach())) == (arrived, now)
 
 
 def test_downpour_goes_on_bitwise_and_keeps_what_codecs_leave() -> None:
