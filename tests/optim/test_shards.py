@@ -108,7 +108,8 @@ def test_a_run_is_that_of_one_centre_bit_for_bit(push: str, count: int, method: 
                 worker.step()
         modules.append([module for module, _ in made])
     assert torch.equal(torch.cat([center.values for center in cut]), whole.values)
-    assert whole.version == 3 * 4
+    # of 8 steps at period 2; DOWNPOUR has nothing to push before the first
+    assert whole.version == 3 * (4 if method == "EASGD" else 3)
     for one, other in zip(*modules, strict=True):
         assert torch.equal(flat(one.parameters()), flat(other.parameters()))
 
