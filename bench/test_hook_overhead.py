@@ -92,3 +92,16 @@ def test_all_reduce(benchmark: Any, scheme: str, numel: int) -> None:
         for communicator in communicators:
             communicator.close()
     assert torch.equal(tensors[0], tensors[1])
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.benchmark(group="raw path: all_reduce of 4 KiB, one rank")
+@pytest.mark.parametrize("whose", ["torch", "commlib fp32"])
+def test_raw_all_reduce(benchmark: Any, whose: str) -> None:
+    x = torch.zeros(1024)
+    if whose == "torch":
+        benchmark(dist.all_reduce, x)
+        return
+    communicator = Communicator(policy="fp32")
+    benchmark(lambda: communicator.all_reduce(x).wait())
+    communicator.close()
