@@ -1,12 +1,13 @@
 """Workers that come and go: agreed in a store, here mostly among threads.
 
-With real processes: `test_members_processes`."""
+Those that die: `test_members_deaths`; with real processes: `test_members_processes`.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,67 +16,11 @@ import torch.distributed as dist
 
 from commlib import Communicator
 from commlib.optim import Members
-from commlib.transport import ThreadTransport
 from tests.communicators import only
 from tests.optim.diloco import adam, shared
-from tests.optim.members import train, worker
+from tests.optim.members import LONG, Here, Rooms, together, train, worker
 from tests.optim.models import same
 from tests.optim.replicas import backward, model, weights
-
-LONG = 30.0
-
-
-class Rooms:
-    """Where threads meet instead of in process groups, by the group's name."""
-
-    def __init__(self) -> None:
-        self.store = dist.HashStore()
-        self._lock = threading.Lock()
-        self._worlds: dict[str, list[ThreadTransport]] = {}
-
-    def place(self, name: str, size: int, rank: int, timeout: float) -> ThreadTransport:
-        with self._lock:
-            world = self._worlds.setdefault(name, ThreadTransport.world(size, timeout))
-        return world[rank]
-
-
-class Here(Members):
-    """Members whose groups are threads."""
-
-    def __init__(self, rooms: Rooms, policy: Any = None, **how: Any) -> None:
-        self.rooms, self.groups = rooms, []  # type: ignore[var-annotated]
-        super().__init__(rooms.store, policy or only("sigma8"), **{"timeout": LONG, **how})
-
-    def _connect(self, name: str, ids: Sequence[str], seed: int) -> Communicator:
-        self.groups.append(tuple(ids))
-        transport = self.rooms.place(name, len(ids), ids.index(str(self.id)), self.timeout)
-        return Communicator(transport, self.policy, seed=self.seed + seed, timeout=self.timeout)
-
-    def _disconnect(self) -> None:
-        pass
-
-
-def together(*bodies: Callable[[], Any], timeout: float = 60.0) -> list[Any]:
-    """What the bodies, each on a thread, return; the first error of any."""
-    results: list[Any] = [None] * len(bodies)
-    errors: list[BaseException] = []
-
-    def run(place: int) -> None:
-        try:
-            results[place] = bodies[place]()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(n,), daemon=True) for n in range(len(bodies))]
-    for thread in threads:
-        thread.start()
-    end = time.monotonic() + timeout
-    while any(thread.is_alive() for thread in threads) and not errors:
-        assert time.monotonic() < end, "a worker hangs"
-        time.sleep(0.01)
-    if errors:
-        raise errors[0]
-    return results
 
 
 def test_workers_that_begin_together_share_one_model_and_one_group() -> None:
@@ -320,76 +265,6 @@ def test_nobody_waits_for_ever_to_be_let_in() -> None:
     with pytest.raises(RuntimeError, match=r"nobody let this worker in within 0\.3 s"):
         worker(Here(rooms))[1].join(patience=0.3)
     assert time.monotonic() - begun < LONG
-
-
-def test_who_queued_and_died_is_waited_for_no_longer_than_grace() -> None:
-    rooms = Rooms()
-    module, one = worker(Here(rooms, grace=0.2))
-    one.join()
-    dead = Here(rooms)
-    dead._name()
-    dead._queue_up()
-    begun = time.monotonic()
-    train(module, one, 6, 0)
-    assert one.members.ids == ("1",)
-    assert time.monotonic() - begun < LONG
-
-
-def test_who_died_before_it_said_its_name_blocks_no_queue() -> None:
-    """It had taken its place in the queue."""
-    rooms, joined = Rooms(), threading.Event()
-    Here(rooms)._count("queue", 1)
-
-    def first() -> None:
-        module, one = worker(Here(rooms, grace=0.5))
-        one.join(at_least=2)
-        while not joined.is_set():
-            train(module, one, one.steps + 1, 0)
-        one.leave()
-
-    def second() -> None:
-        _, one = worker(Here(rooms, grace=0.5))
-        while not rooms.store.check(["commlib/members/run/founder"]):
-            time.sleep(0.01)
-        try:
-            one.join(patience=10.0)
-        finally:
-            joined.set()
-        one.leave()
-
-    together(first, second)
-
-
-def test_a_guest_that_dies_at_the_door_costs_no_member_its_place() -> None:
-    """The first hands the model to one that is gone; the other waits for it meanwhile."""
-    rooms, knocked, done = Rooms(), threading.Event(), threading.Event()
-    begun = threading.Barrier(3, timeout=LONG)
-
-    def member() -> Any:
-        members = Here(rooms, timeout=2.5, grace=2.0)
-        module, one = worker(members)
-        one.join(at_least=2)
-        train(module, one, 3, 0)
-        begun.wait()
-        assert knocked.wait(LONG)
-        train(module, one, 8, 0)
-        done.set()
-        return members.id, members.ids
-
-    def guest() -> None:
-        begun.wait()
-        dying = Here(rooms)
-        dying._name()
-        dying._queue_up()
-        knocked.set()
-        while not done.is_set():  # it is let in, comes to the door, and is seen no more
-            number = int(dying._get("latest") or 0)
-            if (found := dying._closed(number)) is not None and dying.id in found.guests:
-                dying._set(f"{number}/here/{dying.id}", "1")
-                return
-            time.sleep(0.01)
-
-    assert sorted(together(member, member, guest)[:2]) == [("1", ("1", "2")), ("2", ("1", "2"))]
 
 
 def test_who_is_not_waited_for_does_not_close_a_round_of_nobody() -> None:
