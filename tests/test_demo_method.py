@@ -77,6 +77,28 @@ def test_words_that_are_refused(
     assert told in capsys.readouterr().err
 
 
+def test_it_is_not_for_the_ranks_of_a_job(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every one of them would start ranks of its own."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(seldom, "_lead", lambda *_: pytest.fail("started ranks"))
+    with pytest.raises(SystemExit) as ended:
+        demo.main(["--method", "diloco"])
+    assert ended.value.code == 2
+    assert "without torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("period", [1, 2, 4, 6, 25])
+def test_streaming_fits_into_any_period(period: int) -> None:
+    from tests.communicators import on_ranks
+    from tests.optim.diloco import outer
+    from tests.optim.replicas import model
+
+    how = {"period": period, **train.streaming(period)}
+    on_ranks(1, "fp32", lambda c: outer(model(), c, **how))
+
+
 @pytest.mark.bench
 @pytest.mark.processes
 @pytest.mark.timeout(300)  # two processes that start torch, twice

@@ -24,6 +24,7 @@ with unbounded delays: how slow can you go?", ICML 2018; journal version arXiv 2
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -113,7 +114,8 @@ class DASGD:
         stamp_oldest: stamp a message with the oldest version in it, residual included, so that
             delays at the centre are those of the oldest part (and steps by the delay smaller).
 
-    Raises: ValueError: the link is of another number of values, or bound is not at least 1.
+    Raises: ValueError: the link is of another number of values or to a centre that adds what is
+        pushed, or bound is not at least 1.
     """
 
     def __init__(
@@ -132,6 +134,11 @@ class DASGD:
             raise ValueError(
                 f"DASGD: the parameters have {here} values, the link {there}, allowed: the same "
                 "parameters in the same order"
+            )
+        if json.loads(link.state_dict()["config"])["additive"]:
+            raise ValueError(
+                "DASGD: the centre adds what is pushed, and would climb by gradients, allowed: one "
+                "with the rule Projected(schedule)"
             )
         self.link, self.bound, self.stamp_oldest = link, bound, stamp_oldest
         self.steps = 0

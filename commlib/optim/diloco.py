@@ -134,12 +134,17 @@ class DiLoCo(Outer):
         """Once, and after loading: refuse to go on with ranks that share no model."""
         if self._alike:
             return
-        others = strangers(self.communicator, self.steps, [*self._theta, *self._buffers])
+        # whatever decides when there is an exchange, and what becomes of it; not mix, of W alone
+        options = [self.period, self.overlap, self.lr, self.momentum, bool(self.nesterov)]
+        told = torch.frombuffer(bytearray(str(options).encode()), dtype=torch.uint8)
+        tensors = [*self._theta, *self._buffers, told]
+        others = strangers(self.communicator, self.steps, tensors)
         if others:
             raise RuntimeError(
-                f"{type(self).__name__}: ranks {others} have other shared parameters, steps or "
-                "momentum than rank 0: begin with the same on all, from one seed, by broadcast or "
-                "from one checkpoint"
+                f"{type(self).__name__}: ranks {others} have other shared parameters, steps, "
+                "momentum or options than rank 0: begin with the same on all, from one seed, by "
+                f"broadcast or from one checkpoint; here period, overlap, lr, momentum, nesterov "
+                f"are {', '.join(map(str, options))}"
             )
         self._alike = True
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -90,6 +91,18 @@ class ElasticDiLoCo(Outer):
             self._take_over(patience)
         self._joined = True
         self.finish()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """As `Outer.load_state_dict`, before `join`, where it counts for a run's first worker.
+
+        Raises: RuntimeError: this worker is a member, whose model is that of the others.
+        """
+        if self._joined:
+            raise RuntimeError(
+                "ElasticDiLoCo: this worker is a member of a run, whose model is that of all: load "
+                "a state before join(), or after leave()"
+            )
+        super().load_state_dict(state_dict)
 
     def leave(self) -> None:
         """Take no more part; the others do not wait for this worker. W <- theta."""

@@ -52,8 +52,8 @@ def named(
 ) -> list[Pair]:
     """The parameters, checked.
 
-    Raises: ValueError: not named, two of a name, not float32, on another device, frozen; or not
-        those that `inner` trains.
+    Raises: ValueError: not named, two of a name, one under two, not float32, on another device,
+        frozen; or not those that `inner` trains.
     """
     pairs: list[Pair] = []
     for one in params:
@@ -66,9 +66,15 @@ def named(
     if not pairs:
         raise ValueError(f"{who}: no parameters")
     names = [name for name, _ in pairs]
+    first: dict[int, str] = {}
     for name, parameter in pairs:
         if names.count(name) > 1:
             raise ValueError(f"{who}: two parameters are named {name!r}; rename one")
+        if first.setdefault(id(parameter), name) != name:
+            raise ValueError(
+                f"{who}: {name!r} is {first[id(parameter)]!r} once more: leave it out, as "
+                "model.named_parameters() does"
+            )
         if parameter.dtype != torch.float32:
             raise ValueError(f"{who}: {name!r} is {parameter.dtype}, allowed: torch.float32")
         if parameter.device != device:

@@ -14,7 +14,8 @@ After an abort all go to the next round with unchanged inputs; those who are gon
 there. So either all members of a round have its result, or none has. Who is not on a closed list,
 because it came too late, is left out: it queues like a new worker, and gets the model from the
 first member after the next exchange. Nothing waits for ever: a round takes at most `timeout` for
-those who do not come, `timeout` for the collective and `timeout` for the verdict.
+those who do not come (twice that and `grace` right after somebody was let in, as the first member
+may hand the model to one that died), `timeout` for the collective and `timeout` for the verdict.
 
 PCCL does the same with a master of its own: the world size is read anew after a failure, and the
 collective repeated (PCCL, arXiv 2505.14065; INTELLECT-1, arXiv 2412.01152).
@@ -48,6 +49,7 @@ ATTEMPTS = 8
 """Rounds that one exchange may take."""
 PAUSE = 0.02  # seconds between looks into the store
 COMMIT, ABORT = "commit", "abort"
+NOBODY = "nobody"
 
 
 class LeftOut(Exception):
@@ -175,7 +177,7 @@ class Members:
             if not fresh:
                 self._name()
             fresh = False
-            self._set(f"queue/{self._count('queue', 1)}", str(self.id))
+            self._queue_up()
             number = int(self._get("latest") or 0)
             while (found := self._follow(number, end)) is not None:
                 number = found.number + 1
@@ -254,6 +256,8 @@ class Members:
         """The members of the next round, once it is closed."""
         number, last = self._next, self._round
         assert last is not None
+        if last.guests and last.number == number - 1:  # the first member may still be handing over
+            patience += self.timeout + self.grace
         self._set(f"{number}/arrived/{self._count(f'{number}/arrived', 1)}", str(self.id))
         begun = time.monotonic()
         while (found := self._closed(number)) is None:
@@ -363,17 +367,20 @@ class Members:
         """A number that no worker has had."""
         self.id = str(self._count("ids", 1))
 
+    def _queue_up(self) -> None:
+        """Take a place in the queue; another one where somebody looked at it before it was said."""
+        while self._decide(f"queue/{self._count('queue', 1)}", str(self.id)) != self.id:
+            pass
+
     def _queue(self, after: int) -> tuple[tuple[str, ...], int]:
-        """Who has queued behind the first `after`, and how many have in all."""
-        guests = []
-        for number in range(after + 1, self._count("queue") + 1):
-            one = self._get(f"queue/{number}")
-            if one is None:  # has its number, and will say in a moment who it is
-                break
-            after = number
-            if not self._has(f"left/{one}"):
-                guests.append(one)
-        return tuple(guests), after
+        """Who has queued behind the first `after`, and how many have in all.
+
+        A place that nobody has said to be his may be of one that died: it is given up.
+        """
+        queued = self._count("queue")
+        places = (self._decide(f"queue/{n}", NOBODY) for n in range(after + 1, queued + 1))
+        guests = [one for one in places if one != NOBODY and not self._has(f"left/{one}")]
+        return tuple(guests), queued
 
     def _follow(self, number: int, end: float) -> Round | None:
         """Round `number`, once it is closed."""

@@ -111,6 +111,7 @@ class Outer(ABC):
                 f"{type(self).__name__}: there is no inner optimizer; call tick() after its step"
             )
         self._ready()
+        self._check_momentum()
         loss = self.inner.step() if closure is None else self.inner.step(closure)
         self.tick()
         return loss
@@ -119,10 +120,11 @@ class Outer(ABC):
     def tick(self) -> None:
         """Count an inner step; apply the exchanges that are due, begin those whose turn it is.
 
-        Raises: RuntimeError: ranks began with other parameters; an exchange failed; the mean D is
-            not finite, on all ranks alike. theta and W are as before it.
+        Raises: RuntimeError: ranks began with other parameters or options; an exchange failed; the
+            mean D is not finite, on all ranks alike. theta and W are as before it.
         """
         self._ready()
+        self._check_momentum()
         self.steps += 1
         self._land(self.steps)
         for k in range(len(self.fragments)):
@@ -174,6 +176,7 @@ class Outer(ABC):
         name = type(self).__name__
         mine = self.state_dict()
         missing = mine.keys() - state_dict.keys()
+        missing |= set(OPTIONS) - state_dict.get("options", dict.fromkeys(OPTIONS)).keys()
         if missing:
             raise ValueError(f"no state of {name}: it has no {', '.join(sorted(missing))}")
         for what in ("period", "overlap", "fragments"):
@@ -262,6 +265,13 @@ class Outer(ABC):
         """Views of flat vectors (of all fragments, or none), by name."""
         for fragment, flat in zip(self.fragments, kept, strict=False):
             yield from fragment.parts(flat)
+
+    def _check_momentum(self) -> None:
+        if self.momentum and not self._buffers:
+            raise RuntimeError(
+                f"{type(self).__name__}: momentum is {self.momentum}, and began as 0, so none was "
+                f"kept: make a new {type(self).__name__} with it, or set it to 0"
+            )
 
     # Who the others are.
 

@@ -220,6 +220,39 @@ def test_a_rank_that_went_astray_raises_on_all_and_the_shared_model_stays(
     on_ranks(2, only(scheme), body)
 
 
+@pytest.mark.parametrize(
+    "other", [{"lr": 0.5}, {"momentum": 0.5}, {"nesterov": False}, {"period": 8}, {"overlap": 1}]
+)
+def test_ranks_with_other_options_are_named(other: dict[str, Any]) -> None:
+    """They would share other models from the first exchange on, or wait for one that never is."""
+
+    def body(c: Communicator) -> None:
+        module = model()
+        one = outer(module, c, **(other if c.rank == 1 else {}))
+        backward(module, c.rank, 0)
+        with pytest.raises(RuntimeError, match=r"ranks \[1\] have other .* or options than rank 0"):
+            one.step()
+        assert one.steps == 0
+
+    on_ranks(3, "fp32", body)
+
+
+def test_momentum_that_was_not_kept_cannot_be_switched_on() -> None:
+    def body(c: Communicator) -> None:
+        module = model()
+        one = outer(module, c, momentum=0.0)
+        train(module, one, 1, c.rank)
+        one.momentum = 0.9
+        with pytest.raises(RuntimeError, match=r"momentum is 0\.9, and began as 0"):
+            train(module, one, 1, c.rank)
+        assert one.steps == 1
+        one.momentum = 0.0
+        train(module, one, 4, c.rank)
+        assert one.last is not None
+
+    on_ranks(1, "fp32", body)
+
+
 def test_without_an_inner_optimizer_steps_are_counted() -> None:
     """Whoever needs the inner step for himself, as for a GradScaler, calls `tick` after it."""
 
@@ -290,6 +323,7 @@ def test_parameters_that_cannot_be_served_are_refused() -> None:
         ([x], [x], "parameters without names"),
         ([], [x], "no parameters"),
         ([("x", x), ("x", y)], [x, y], "two parameters are named 'x'"),
+        ([("x", x), ("y", x)], [x, y], "'y' is 'x' once more"),
         ([("x", parameter(dtype=torch.float64))], [x], "'x' is torch.float64, allowed"),
         ([("x", parameter(device="meta"))], [x], "'x' is on meta, the group on cpu"),
         ([("x", nn.Parameter(torch.zeros(3), requires_grad=False))], [x], "leave it out"),

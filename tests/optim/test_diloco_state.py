@@ -78,6 +78,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
             (outer(module, c, overlap=1), good, "the state has overlap 0, allowed: 1"),
             (outer(module, c, fragments=2), good, "the state has fragments"),
             (outer(module, c, momentum=0.0), good, r"momentum of the state has .* allowed: \{\}"),
+            (outer(module, c), {**good, "options": {"lr": 0.7}}, "no mix, momentum, nesterov"),
             (outer(module, c), {"steps": 3}, "it has no communicator, flights, fragments"),
             (
                 outer(module, c),
@@ -98,9 +99,10 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
 def test_options_go_with_the_state() -> None:
     def body(c: Communicator) -> None:
         one = outer(model(), c)
-        one.lr, one.mix = 0.1, 0.3
+        one.lr, one.mix, one.nesterov = 0.1, 0.3, False
         other = outer(model(), c)
         other.load_state_dict(one.state_dict())
         assert (other.lr, other.mix, other.momentum) == (0.1, 0.3, 0.9)
+        assert not other.nesterov
 
     on_ranks(1, "fp32", body)

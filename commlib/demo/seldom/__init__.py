@@ -26,7 +26,7 @@ once in many steps, and by plain DDP and int4+ef DDP, which exchange in every on
 First every method trains alone with no limit on the line: held-out loss by step. Then methods take
 turns on emulated hosts, behind a line of each rate: seconds and bytes of a step, the mean over a
 whole period. Their product is the loss over time on that line; no run was made there to the end.
-With RANK set (torchrun, srun) ranks of that job are used, on its network.
+It starts its own ranks, on this machine: not for torchrun or srun.
 
 examples:
   commlib demo --method easgd,diloco --model small
@@ -93,6 +93,9 @@ def main(given: Sequence[str]) -> int:
         top.error(f"--target {args.target} is above --steps {args.steps}")
     if args.part:
         return _rank(args)
+    if "RANK" in os.environ:
+        top.error("RANK is set, and every rank of that job would start --ranks more: run "
+                  "commlib demo --method by itself, without torchrun or srun")  # fmt: skip
     if args.plot != "none":
         from ..report import check_plot
 

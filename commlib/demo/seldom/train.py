@@ -80,6 +80,11 @@ class Alone:
         return found
 
 
+def streaming(period: int) -> dict[str, int]:
+    """Fragments and overlap, as many as a period of so few steps has room for."""
+    return {"fragments": min(FRAGMENTS, period), "overlap": min(OVERLAP, period - 1)}
+
+
 class Outer(Alone):
     """DiLoCo, Streaming DiLoCo and averaging."""
 
@@ -95,7 +100,7 @@ class Outer(Alone):
         named = list(self.model.named_parameters())
         options: dict[str, Any] = {"period": args.period}
         if method == "streaming":
-            options.update(fragments=FRAGMENTS, overlap=min(OVERLAP, args.period - 1))
+            options |= streaming(args.period)
         kind = LocalSGD if method == "localsgd" else DiLoCo
         self.outer = kind(named, self.optimizer, self.communicator, **options)
 
