@@ -208,7 +208,8 @@ class Center:
     def config(self) -> str:
         """What both ends of every link must have alike, as text."""
         about = {"push": str(self.push), "pull": str(self.pull), "seed": self.seed}
-        return json.dumps({**self.shape.about(), **about, "additive": self.rule.additive})
+        rule = {"additive": self.rule.additive, "takes": self.rule.takes}
+        return json.dumps({**self.shape.about(), **about, **rule})
 
 
 class Session:

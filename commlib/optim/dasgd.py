@@ -24,7 +24,6 @@ with unbounded delays: how slow can you go?", ICML 2018; journal version arXiv 2
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -33,7 +32,8 @@ from typing import Any, ClassVar
 import torch
 
 from commlib.optim.center import flat, spread
-from commlib.optim.link import Link
+from commlib.optim.link import Link, check_takes
+from commlib.optim.rules import Takes
 from commlib.optim.schedules import StepSize
 from commlib.optim.staleness import ResidualVersions
 from commlib.optim.ticks import check_count
@@ -72,6 +72,7 @@ class Projected:
     """
 
     additive: ClassVar[bool] = False
+    takes: ClassVar[Takes] = "gradients"
 
     def __init__(
         self, schedule: StepSize, project: Projection | None = None, *, lazy: bool = True
@@ -114,8 +115,8 @@ class DASGD:
         stamp_oldest: stamp a message with the oldest version in it, residual included, so that
             delays at the centre are those of the oldest part (and steps by the delay smaller).
 
-    Raises: ValueError: the link is of another number of values or to a centre that adds what is
-        pushed, or bound is not at least 1.
+    Raises: ValueError: the link is of another number of values or to a centre whose rule takes no
+        gradients, or bound is not at least 1.
     """
 
     def __init__(
@@ -135,11 +136,7 @@ class DASGD:
                 f"DASGD: the parameters have {here} values, the link {there}, allowed: the same "
                 "parameters in the same order"
             )
-        if json.loads(link.state_dict()["config"])["additive"]:
-            raise ValueError(
-                "DASGD: the centre adds what is pushed, and would climb by gradients, allowed: one "
-                "with the rule Projected(schedule)"
-            )
+        check_takes("DASGD", "gradients", link)
         self.link, self.bound, self.stamp_oldest = link, bound, stamp_oldest
         self.steps = 0
         self.dropped = 0

@@ -25,7 +25,7 @@ import torch
 
 from commlib.optim.center import flat, spread
 from commlib.optim.easgd import check_params, params_of
-from commlib.optim.link import Elastic
+from commlib.optim.link import End
 from commlib.optim.ticks import check_count
 
 
@@ -40,9 +40,7 @@ class Downpour:
     Raises: ValueError: a period below 1, other parameters than the link's or another order.
     """
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, center: Elastic, *, period: int = 1
-    ) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, center: End, *, period: int = 1) -> None:
         check_count("Downpour: period", period)
         self.optimizer, self.center, self.period = optimizer, center, period
         self._params = params_of("Downpour", optimizer, center)

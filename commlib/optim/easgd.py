@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from commlib.optim.center import flat, spread
-from commlib.optim.link import Elastic
+from commlib.optim.link import End, check_takes
 from commlib.optim.pprs import check_number
 from commlib.optim.ticks import check_count
 
@@ -49,7 +49,7 @@ def stable(eta: float, alpha: float) -> bool:
 
 
 def exchange(
-    params: list[torch.Tensor], center: Elastic, moving_rate: float, center_rate: float
+    params: list[torch.Tensor], center: End, moving_rate: float, center_rate: float
 ) -> None:
     """One elastic exchange of `params` with a centre: see above."""
     mine = flat(params)
@@ -88,7 +88,7 @@ class EASGD:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        center: Elastic,
+        center: End,
         *,
         moving_rate: float,
         period: int = 16,
@@ -149,11 +149,12 @@ class EASGD:
         self.steps = int(state["steps"])
 
 
-def params_of(who: str, optimizer: torch.optim.Optimizer, center: Elastic) -> list[torch.Tensor]:
+def params_of(who: str, optimizer: torch.optim.Optimizer, center: End) -> list[torch.Tensor]:
     """The optimizer's parameters, in its order, which has to be the centre's (ValueError).
 
     Orders are told apart by sizes: parameters end where the centre's end.
     """
+    check_takes(who, "updates", center)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     mine, there = [p.numel() for p in params], center.sizes
     if sum(mine) != sum(there) or not {*accumulate(mine)} <= {*accumulate(there)}:

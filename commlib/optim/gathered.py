@@ -14,6 +14,7 @@ import torch
 
 from commlib.communicator import Communicator
 from commlib.optim.center import Shape, flat
+from commlib.optim.rules import Takes
 from commlib.scheme import Role
 
 
@@ -35,6 +36,7 @@ class Gathered:
         self._shape = Shape.of(named)
         self._ndims = tuple(tensor.ndim for _, tensor in named)
         self.copy = flat(tensor for _, tensor in named)
+        self.takes: Takes = "updates"
 
     @property
     def sizes(self) -> tuple[int, ...]:

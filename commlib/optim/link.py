@@ -22,20 +22,23 @@ from commlib.optim.center import (
     known,
     packed,
 )
+from commlib.optim.rules import Takes
 from commlib.scheme import Scheme
 from commlib.stamp import crc
 
 EMPTY = torch.empty(0, dtype=torch.uint8)
 
 
-class Elastic(Protocol):
+class End(Protocol):
     """What a method needs of a centre, wherever it lies. Flat tensors, parameters back to back.
 
     copy: what this worker knows of the centre.
+    takes: what its rule does with a push.
     sizes: elements of each parameter, or of the pieces that it is cut into.
     """
 
     copy: torch.Tensor
+    takes: Takes
 
     @property
     def sizes(self) -> tuple[int, ...]: ...
@@ -45,6 +48,15 @@ class Elastic(Protocol):
 
     def push(self, update: torch.Tensor) -> torch.Tensor:
         """Send an update; returns what of it arrives, which is what to apply here."""
+
+
+def check_takes(who: str, takes: Takes, center: End) -> None:
+    """Refuse a centre whose rule takes something else than `who` pushes (ValueError)."""
+    if center.takes != takes:
+        raise ValueError(
+            f"{who}: pushes {takes}, and the rule of its centre takes {center.takes}; allowed: "
+            "Projected(schedule) for gradients, Add(), Momentum(rate) for updates"
+        )
 
 
 class Link:
@@ -174,6 +186,7 @@ class Link:
                 f"{about['sizes']}, allowed: {list(self.shape.names)} of {list(self.shape.sizes)}"
             )
         self._config, self._additive = text, bool(about["additive"])
+        self.takes: Takes = about["takes"]
         push, pull = Scheme.parse(about["push"]), Scheme.parse(about["pull"])
         self._pull, self._push = directions(
             self.worker, self.shape, push, pull, about["seed"], at_center=False

@@ -7,17 +7,25 @@ the update as it comes: then the worker's copy can be moved by the same, without
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
 from commlib.optim.pprs import check_number
 
+Takes = Literal["updates", "gradients"]
+
 
 class Rule(Protocol):
     """How updates change the values of a centre."""
 
-    additive: bool
+    @property
+    def additive(self) -> bool:
+        """Whether an update is added as it comes."""
+
+    @property
+    def takes(self) -> Takes:
+        """What workers push: how far they came, or gradients, which the rule descends by."""
 
     def apply(self, values: torch.Tensor, update: torch.Tensor, delay: int) -> None:
         """Change flat `values` by `update`, made on values that are `delay` updates old."""
@@ -35,7 +43,8 @@ class Rule(Protocol):
 class Add:
     """``xc += u``: elastic averaging, DOWNPOUR."""
 
-    additive = True
+    additive: ClassVar[bool] = True
+    takes: ClassVar[Takes] = "updates"
 
     def apply(self, values: torch.Tensor, update: torch.Tensor, delay: int) -> None:
         del delay
@@ -64,6 +73,7 @@ class Momentum:
     """
 
     additive: ClassVar[bool] = False
+    takes: ClassVar[Takes] = "updates"
 
     def __init__(self, momentum: float) -> None:
         check_number("Momentum: rate", momentum, positive=False)
@@ -106,7 +116,8 @@ class Averaged:
             check_number("Averaged: rate", rate, positive=True)
             if rate > 1:
                 raise ValueError(f"Averaged: rate is {rate}, allowed: above 0, at most 1")
-        self.rule, self.rate, self.additive = rule, rate, rule.additive
+        self.rule, self.rate = rule, rate
+        self.additive, self.takes = rule.additive, rule.takes
         self.average: torch.Tensor | None = None
         """z, flat; None before the first update."""
         self._updates = 0

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from commlib.optim.link import Link
+from commlib.optim.rules import Takes
 from commlib.optim.serving import TIMEOUT, connect
 from commlib.optim.ticks import check_count
 
@@ -81,14 +82,19 @@ class Sharded:
     Args:
         links: to the shards, in their order.
 
-    Raises: ValueError: no links, or of several dtypes.
+    Raises: ValueError: no links, of several dtypes, or to rules that take different things.
     """
 
     def __init__(self, links: Sequence[Link]) -> None:
         dtypes = {str(link.copy.dtype) for link in links}
-        if len(dtypes) != 1:
-            raise ValueError(f"Sharded: links of {sorted(dtypes)}, allowed: some, of one dtype")
+        rules = {link.takes for link in links}
+        if len(dtypes) != 1 or len(rules) != 1:
+            raise ValueError(
+                f"Sharded: links of {sorted(dtypes)} to rules that take {sorted(rules)}, allowed: "
+                "some, of one dtype, to rules that take the same"
+            )
         self.links = tuple(links)
+        self.takes: Takes = links[0].takes
         self.sizes = tuple(size for link in links for size in link.sizes)
         """Elements of each piece."""
         self.copy = torch.cat([link.copy for link in links])

@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 
 from commlib.optim.center import Center
-from commlib.optim.link import Elastic
+from commlib.optim.link import End
 from commlib.optim.ticks import check_count
 
 
@@ -45,7 +45,7 @@ class Node:
     Raises: ValueError: a rate outside 0 to 1, a period below 1.
     """
 
-    def __init__(self, center: Center, parent: Elastic, rate: float, period: int) -> None:
+    def __init__(self, center: Center, parent: End, rate: float, period: int) -> None:
         check_count("Node: period", period)
         if not 0 <= rate <= 1:
             raise ValueError(f"Node: rate is {rate}, allowed: 0 to 1")

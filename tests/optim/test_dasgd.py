@@ -118,7 +118,7 @@ def test_errors() -> None:
         DASGD([named()[0][1]], link)
     with pytest.raises(ValueError, match=r"DASGD: bound is 0, allowed: a whole number"):
         worker(c, "v", bound=0)
-    with pytest.raises(ValueError, match=r"the centre adds what is pushed.*rule Projected"):
+    with pytest.raises(ValueError, match=r"pushes gradients, and the rule .* takes updates"):
         worker(Center(named()), "u")
     mine, _ = worker(c, "u")
     with pytest.raises(ValueError, match=r"of 7 values, allowed: the link's 300"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,19 @@ from torch import nn
 
 from bench import easgd_theory
 from commlib import Communicator
-from commlib.optim import EASGD, Center, Downpour, Gathered, Link, Node, local, stable
+from commlib.optim import (
+    EASGD,
+    Averaged,
+    Center,
+    Downpour,
+    Gathered,
+    Link,
+    Node,
+    Projected,
+    local,
+    schedules,
+    stable,
+)
 from commlib.optim.center import flat
 from tests.communicators import on_ranks
 from tests.optim.replicas import backward, model
@@ -136,6 +149,15 @@ def test_resume_is_bitwise() -> None:
     again.load_state_dict(half.state_dict())
     train(momentum(again, states), range(4, 11))
     assert torch.equal(again.values, whole.values)
+
+
+def test_a_centre_that_takes_gradients_is_refused() -> None:
+    center = Center(model().named_parameters(), rule=Averaged(Projected(schedules.Constant(0.1))))
+    module = model()
+    link = local(center, module.named_parameters(), "w")
+    for make in (partial(EASGD, moving_rate=0.2), Downpour):
+        with pytest.raises(ValueError, match=r"pushes updates, and the rule .* takes gradients"):
+            make(sgd(module), link)
 
 
 def test_a_state_of_other_parameters_is_refused() -> None:
