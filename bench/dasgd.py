@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +31,7 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from bench.feedback import Row, holds, number, verdict, write
+from bench.feedback import Row, conclude, holds, number, verdict
 from commlib.optim import Box, Center, Projected, staleness
 from commlib.optim.schedules import (
     Auto,
@@ -245,14 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows.append(row)
                 progress.set_postfix_str(f"{row.table} {row.what} {row.scheme}")
                 progress.update()
-    print(show(rows))
-    failed = [row for row in rows if row.passed is False]
-    judged = sum(row.passed is not None for row in rows)
-    print(f"{judged - len(failed)} of {judged} bars hold")
-    if args.json:
-        command = shlex.join(["python", "-m", "bench.dasgd", *(argv or sys.argv[1:])])
-        write(args.json, rows, command, "dasgd")
-    return 1 if failed else 0
+    return conclude(rows, show(rows), args.json, "dasgd", argv)
 
 
 if __name__ == "__main__":

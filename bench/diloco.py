@@ -26,7 +26,6 @@ import argparse
 import logging
 import math
 import re
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -39,7 +38,7 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from bench.feedback import Row, holds, number, verdict, write
+from bench.feedback import Row, conclude, holds, number, verdict
 from bench.onebit import Naive
 from bench.optimizers import Named, Steps, Trained, optimize
 from bench.problems import Digits
@@ -236,14 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(row)
             progress.set_postfix_str(f"{row.table} {row.what}")
             progress.update()
-    print(show(rows))
-    failed = [row for row in rows if row.passed is False]
-    judged = sum(row.passed is not None for row in rows)
-    print(f"{judged - len(failed)} of {judged} bars hold")
-    if args.json:
-        command = shlex.join(["python", "-m", "bench.diloco", *(argv or sys.argv[1:])])
-        write(args.json, rows, command, "diloco")
-    return 1 if failed else 0
+    return conclude(rows, show(rows), args.json, "diloco", argv)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
 import sys
 import threading
 import time
@@ -32,7 +31,7 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from bench.feedback import Row, holds, number, verdict, write
+from bench.feedback import Row, conclude, holds, number, verdict
 from bench.problems import Digits
 from commlib.optim import EASGD, Center, Downpour, Link, Node, local
 
@@ -286,8 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--json", type=Path, nargs="?", const=RESULTS, help=f"append rows (to {RESULTS.name})"
     )
-    given = list(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(given)
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     rows = []
     with tqdm(desc="runs", unit=" rows", disable=None) as progress:
@@ -295,13 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for row in TABLES[table](range(args.seeds), args.steps):
                 rows.append(row)
                 progress.update()
-    print(show(rows))
-    judged = [row for row in rows if row.passed is not None]
-    failed = [row for row in judged if not row.passed]
-    print(f"{len(judged) - len(failed)} of {len(judged)} bars hold")
-    if args.json:
-        write(args.json, rows, shlex.join(["python", "-m", "bench.easgd", *given]), "easgd")
-    return 1 if failed else 0
+    return conclude(rows, show(rows), args.json, "easgd", argv)
 
 
 if __name__ == "__main__":

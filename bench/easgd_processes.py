@@ -27,7 +27,6 @@ import math
 import multiprocessing
 import os
 import random
-import shlex
 import statistics
 import sys
 import time
@@ -45,7 +44,7 @@ from tqdm import tqdm
 
 from bench.easgd import BETA, RATE, STEPS, WORKERS, Trainee, elastic, named, trainee
 from bench.easgd_ranks import Inner, Task, rank_main
-from bench.feedback import Row, holds, number, verdict, write
+from bench.feedback import Row, conclude, holds, number, verdict
 from bench.problems import Digits
 from commlib.optim import Center, Server
 from commlib.optim.tree import moving_rate
@@ -346,8 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--json", type=Path, nargs="?", const=RESULTS, help=f"append rows (to {RESULTS.name})"
     )
-    given = list(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(given)
+    args = parser.parse_args(argv)
     # of all processes: workers of digits have nothing to share out
     os.environ.update(GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     torch.set_num_threads(1)
@@ -362,14 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     progress.update()
     finally:
         crew.close()
-    print(show(rows))
-    judged = [row for row in rows if row.passed is not None]
-    failed = [row for row in judged if not row.passed]
-    print(f"{len(judged) - len(failed)} of {len(judged)} bars hold")
-    if args.json:
-        command = shlex.join(["python", "-m", "bench.easgd_processes", *given])
-        write(args.json, rows, command, "easgd_processes")
-    return 1 if failed else 0
+    return conclude(rows, show(rows), args.json, "easgd_processes", argv)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
-from bench.feedback import Row, number, verdict, write
+from bench.feedback import Row, conclude, number, verdict
 from commlib import Communicator
 from commlib.optim import EASGD, Center, Gathered, Link, local, stable
 from commlib.transport import Transport, run_ranks
@@ -227,16 +226,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--json", type=Path, nargs="?", const=RESULTS, help=f"append rows (to {RESULTS.name})"
     )
-    given = list(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(given)
+    args = parser.parse_args(argv)
     rows = [*region(args.points), *variance(), *momentum()]
-    print(show(rows))
-    failed = [row for row in rows if row.passed is False]
-    print(f"{len(rows) - len(failed)} of {len(rows)} bars hold")
-    if args.json:
-        write(args.json, rows, shlex.join(["python", "-m", "bench.easgd_theory", *given]),
-              "easgd_theory")  # fmt: skip
-    return 1 if failed else 0
+    return conclude(rows, show(rows), args.json, "easgd_theory", argv)
 
 
 if __name__ == "__main__":

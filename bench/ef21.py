@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,7 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from bench.feedback import Row, holds, number, verdict, write
+from bench.feedback import Row, conclude, holds, number, verdict
 from bench.optimizers import Named, Steps, optimize
 from bench.problems import RANKS, Digits
 from commlib import Communicator
@@ -291,15 +290,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows.append(row)
                 progress.set_postfix_str(f"{row.table} {row.what}")
                 progress.update()
-    print(show(rows))
-    print("* than an exact all-reduce sends; after the first step")
-    failed = [row for row in rows if row.passed is False]
-    judged = sum(row.passed is not None for row in rows)
-    print(f"{judged - len(failed)} of {judged} bars hold")
-    if args.json:
-        command = shlex.join(["python", "-m", "bench.ef21", *(argv or sys.argv[1:])])
-        write(args.json, rows, command, "ef21")
-    return 1 if failed else 0
+    text = f"{show(rows)}\n* than an exact all-reduce sends; after the first step"
+    return conclude(rows, text, args.json, "ef21", argv)
 
 
 if __name__ == "__main__":

@@ -298,6 +298,20 @@ def write(path: Path, rows: Sequence[Row], command: str, bench: str = "feedback"
             file.write(json.dumps({**kept, **about}, allow_nan=False) + "\n")
 
 
+def conclude(
+    rows: Sequence[Row], text: str, path: Path | None, bench: str, argv: Sequence[str] | None
+) -> int:
+    """Print the tables and how many bars hold, append the rows to `path`; the exit code."""
+    print(text)
+    judged = [row for row in rows if row.passed is not None]
+    failed = [row for row in judged if not row.passed]
+    print(f"{len(judged) - len(failed)} of {len(judged)} bars hold")
+    if path:
+        given = sys.argv[1:] if argv is None else argv
+        write(path, rows, shlex.join(["python", "-m", f"bench.{bench}", *given]), bench)
+    return 1 if failed else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", choices=("all", "digits", "ecq"), default="all")
@@ -324,14 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows.append(row)
                 progress.set_postfix_str(f"{row.table} {row.scheme}")
                 progress.update()
-    print(show(rows))
-    failed = [row for row in rows if row.passed is False]
-    judged_rows = sum(row.passed is not None for row in rows)
-    print(f"{judged_rows - len(failed)} of {judged_rows} bars hold")
-    if args.json:
-        command = shlex.join(["python", "-m", "bench.feedback", *(argv or sys.argv[1:])])
-        write(args.json, rows, command)
-    return 1 if failed else 0
+    return conclude(rows, show(rows), args.json, "feedback", argv)
 
 
 if __name__ == "__main__":
