@@ -11,7 +11,7 @@ of a message before it is sent, and what they remember stays bitwise equal.
 By the scheme's memory (`modes`):
 
     none       Q(a)
-    +delta     per sample: a on the first visit, then Q(a - m), where m is what both ends hold of it
+    +delta     per sample: a on first visits, then Q(a - m), where m is what both ends hold of it
     +reuse     per micro-batch: a where the batch is fresh, then Q(a - m)
     +lep       Q(g + h), the residual h of the micro-batch before; only the sender holds it
 
@@ -380,5 +380,5 @@ def told(scheme: Scheme) -> Scheme:
     """What both ends must have alike: not where each keeps its references."""
     memory = scheme.feedback
     if isinstance(memory, Delta):
-        return replace(scheme, feedback=Delta(cap=memory.cap))
+        return replace(scheme, feedback=Delta(cap=memory.cap, raw=memory.raw))
     return scheme

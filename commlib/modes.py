@@ -23,6 +23,7 @@ same (lazy error propagation of Optimus-CC, Song et al. 2023).
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, ClassVar, Literal
@@ -119,19 +120,23 @@ class ErrorFeedback:
 class Delta:
     """The difference to the same sample's last reconstruction, which both ends store (AQ-SGD).
 
-    A sample's first visit travels raw. The store is bounded: what was visited longest ago makes
-    room, and is a first visit when it comes again.
+    A sample's first `raw` visits travel raw. The store is bounded: what was visited longest ago
+    makes room, and is a first visit when it comes again.
 
     Args:
         store: where references are kept: "device", "host" memory, or a "disk" file.
         cap: bytes that one end of one boundary may store, as `512MiB`, `8GiB` or a number.
         folder: of the files of `store=disk`; empty: the system's folder for temporary files.
+        raw: visits before differences are coded. 1 for a model that was trained before. From
+            scratch 2: at the second visit an activation differs from its first by about its own
+            size, so its difference costs as much error as it would itself.
     """
 
     id: ClassVar[str] = "delta"
     store: Literal["device", "host", "disk"] = "host"
     cap: str = "1GiB"
     folder: str = ""
+    raw: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cap", str(self.cap))  # a number and its text are one value
@@ -144,6 +149,8 @@ class Delta:
                 f"delta: folder={self.folder!r}; allowed: a path without : @ ( ) and spaces at its "
                 "ends, which the text of a scheme could not carry; name a link to it"
             )
+        if self.raw < 1:
+            raise ValueError(f"delta: raw={self.raw}; allowed: 1 or more visits")
         if self.cap_bytes < 1:
             raise ValueError(f"delta: cap={self.cap!r}; allowed: at least one byte")
 
@@ -257,6 +264,9 @@ _NAMED: dict[str, type[ErrorFeedback | Delta | Reuse | Lep]] = {
     kind.id: kind for kind in (ErrorFeedback, Delta, Reuse, Lep)
 }
 
+_READ: dict[Any, Callable[[str], object]] = {float: float, int: int}
+"""How an option is read, by its type; others are text."""
+
 
 def feedback(text: str) -> Feedback:
     """The feedback that a text names: ``""`` or ``NAME[:option=value]``, such as ``ef:beta=0.9``.
@@ -284,9 +294,10 @@ def feedback(text: str) -> Feedback:
         if key in values:
             raise ValueError(f"{name}: option {key!r} is given twice; leave one out")
         try:
-            values[key] = float(value) if allowed[key] is float else value
+            values[key] = _READ.get(allowed[key], str)(value)
         except ValueError:
-            raise ValueError(f"{name}: {key}={value!r}; allowed: a number") from None
+            kind_of = "whole number" if allowed[key] is int else "number"
+            raise ValueError(f"{name}: {key}={value!r}; allowed: a {kind_of}") from None
     return kind(**values)
 
 

@@ -64,7 +64,8 @@ class References:
                 f"({row * dtype.itemsize} bytes); raise the cap"
             )
         self._slots: OrderedDict[int, int] = OrderedDict()  # the sample visited longest ago first
-        self._written: set[int] = set()  # an announced sample's message may never have come
+        # Counted up to `raw`. An announced sample's message may never have come.
+        self._writes: dict[int, int] = {}
         self._rows = self._storage()
         self._history = ROLLING
 
@@ -72,7 +73,7 @@ class References:
         return len(self._slots)
 
     def visit(self, samples: Sequence[int]) -> tuple[bool, ...]:
-        """Announce the samples of a step, in order; which of them have no reference yet.
+        """Announce the samples of a step, in order; which of them travel raw.
 
         Raises: ValueError, and nothing has changed: a sample stands twice, or there are more than
             fit into the cap.
@@ -92,7 +93,7 @@ class References:
             names = np.array(samples, dtype="<i8").tobytes()
         except OverflowError:
             raise ValueError("delta: a sample's id is beyond 64 bits; number the samples") from None
-        fresh = tuple([sample not in self._written for sample in samples])
+        fresh = tuple([self._writes.get(sample, 0) < self.mode.raw for sample in samples])
         known = [sample for sample in samples if sample in self._slots]
         for sample in known:
             self._slots.move_to_end(sample)
@@ -111,7 +112,8 @@ class References:
     def write(self, samples: Sequence[int], rows: torch.Tensor) -> None:
         """The references of `samples` become `rows` (n, row)."""
         self._rows.write([self._slots[s] for s in samples], rows)
-        self._written.update(samples)
+        for sample in samples:
+            self._writes[sample] = min(self._writes.get(sample, 0) + 1, self.mode.raw)
 
     def history(self) -> int:
         """A digest of all visits so far: equal where both ends were told the same samples."""
@@ -119,7 +121,7 @@ class References:
 
     def checksum(self) -> int:
         """A digest of what is held: samples, their order, and every byte of their references."""
-        total = zlib.crc32(str([(s, s in self._written) for s in self._slots]).encode())
+        total = zlib.crc32(str([(s, self._writes.get(s, 0)) for s in self._slots]).encode())
         for _, rows in self._portions():
             data: Any = rows.view(torch.uint8).numpy()
             total = zlib.crc32(data, total)
@@ -132,7 +134,7 @@ class References:
     def reset(self) -> None:
         """Forget all samples."""
         self._slots.clear()
-        self._written.clear()
+        self._writes.clear()
         self._rows = self._storage()
         self._history = ROLLING
 
@@ -144,7 +146,9 @@ class References:
             rows[[places[s] for s in samples]] = portion
         return {
             "samples": torch.tensor(list(self._slots), dtype=torch.int64),
-            "written": torch.tensor([s in self._written for s in self._slots], dtype=torch.bool),
+            "writes": torch.tensor(
+                [self._writes.get(s, 0) for s in self._slots], dtype=torch.int64
+            ),
             "rows": rows,
             "history": self._history,
             "checksum": self.checksum(),
@@ -156,9 +160,9 @@ class References:
         Raises: ValueError, and nothing has changed: rows of another size or dtype, or more than the
             cap has room for. RuntimeError, and all is forgotten: not the rows that were saved.
         """
-        samples, rows, written = state["samples"].tolist(), state["rows"], state["written"].tolist()
+        samples, rows, writes = state["samples"].tolist(), state["rows"], state["writes"].tolist()
         good = rows.shape[1:] == (self.row,) and rows.dtype == self.dtype
-        if not good or not len(rows) == len(samples) == len(written):
+        if not good or not len(rows) == len(samples) == len(writes):
             raise ValueError(
                 f"delta: the saved references are {tuple(rows.shape)} of {rows.dtype} for "
                 f"{len(samples)} samples, this boundary has rows of {self.row} of {self.dtype}"
@@ -171,9 +175,9 @@ class References:
         self.reset()
         self._slots.update((sample, slot) for slot, sample in enumerate(samples))
         for slot, sample in enumerate(samples):
-            if written[slot]:
+            if writes[slot]:
                 self._rows.write([slot], rows[slot : slot + 1])
-                self._written.add(sample)
+                self._writes[sample] = writes[slot]
         self._history = state["history"]
         if self.checksum() != state["checksum"]:
             self.reset()
@@ -188,12 +192,12 @@ class References:
         if len(self._slots) < self.capacity:
             return len(self._slots)
         oldest, slot = self._slots.popitem(last=False)
-        self._written.discard(oldest)
+        self._writes.pop(oldest, None)
         return slot
 
     def _portions(self) -> Iterator[tuple[list[int], torch.Tensor]]:
         """All samples that have a reference, in their order, and their rows on the host."""
-        samples = [s for s in self._slots if s in self._written]
+        samples = [s for s in self._slots if s in self._writes]
         count = max(1, PORTION // max(1, self.row * self.dtype.itemsize))
         for start in range(0, len(samples), count):
             some = samples[start : start + count]

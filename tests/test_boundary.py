@@ -93,6 +93,20 @@ def test_a_first_visit_is_raw_bit_for_bit(text: str, dtype: torch.dtype) -> None
     assert agree(pair)
 
 
+def test_as_many_visits_are_raw_as_the_mode_says() -> None:
+    """Every sample by its own count, beside samples that are coded already."""
+    pair, x = ends("int2+delta:raw=2", (2, 64)), data("random", 128).view(2, 64)
+    exact = []
+    for ids in ([1, 2], [1, 3], [1, 3], [1, 3]):
+        x = x * 0.5
+        for end in pair:
+            end.begin([ids])
+        arrived = send(pair, x, 0)
+        exact.append([same(row, sent) for row, sent in zip(arrived, x, strict=True)])
+        assert agree(pair)
+    assert exact == [[True, True], [True, True], [False, True], [False, False]]
+
+
 @pytest.mark.parametrize("text", ["int2+delta", "int2+reuse", "sign+reuse:first=coded"])
 def test_what_stays_arrives_ever_more_exactly(text: str) -> None:
     pair, x = ends(text, (4, 70)), data("random", 280).view(4, 70)

@@ -23,6 +23,7 @@ from commlib_kernels import Layout, Tag
             "delta:store=disk:cap=8GiB:folder=/scratch/a-b_c+d",
             Delta("disk", "8GiB", "/scratch/a-b_c+d"),
         ),
+        ("delta:raw=2", Delta(raw=2)),
         ("reuse", Reuse()),
         ("reuse:first=coded", Reuse("coded")),
         ("lep", Lep()),
@@ -42,7 +43,9 @@ def test_a_text_means_a_mode(text: str, mode: Delta | Reuse | Lep) -> None:
     [
         ("delat", r"'delat' does not exist; allowed: ef, delta, reuse, lep; did you mean 'delta'"),
         ("delta:stoer=host", r"delta: option 'stoer=host'; allowed: .*; did you mean 'store'"),
-        ("delta:store", "delta: option 'store'; allowed: store, cap, folder"),
+        ("delta:store", "delta: option 'store'; allowed: store, cap, folder, raw"),
+        ("delta:raw=0", "delta: raw=0; allowed: 1 or more visits"),
+        ("delta:raw=1.5", "delta: raw='1.5'; allowed: a whole number"),
         ("delta:store=tape", "delta: store='tape'; allowed: device, host, disk"),
         ("delta:cap=1GB", "delta: cap='1GB'; allowed: such as 512MiB"),
         ("delta:cap=", "delta: cap=''"),

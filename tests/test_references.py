@@ -8,6 +8,7 @@ import resource
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ STORES = ("device", "host", "disk")
 CPU = torch.device("cpu")
 
 
-def made(store: str = "host", rows: int = 5, row: int = ROW, **options: str) -> References:
+def made(store: str = "host", rows: int = 5, row: int = ROW, **options: Any) -> References:
     mode = Delta(store, str(rows * 4 * max(1, row)), **options)  # type: ignore[arg-type]
     return References(row, torch.float32, mode, CPU)
 
@@ -52,19 +53,21 @@ def held(references: References, samples: Sequence[int]) -> torch.Tensor:
 
 
 class Model:
-    """The same store as a list of (sample, content), the oldest first."""
+    """The same store as a list of (sample, content), the oldest first, and visits of each."""
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int, raw: int) -> None:
+        self.capacity, self.raw = capacity, raw
         self.rows: list[tuple[int, torch.Tensor]] = []
+        self.visits: dict[int, int] = {}
 
     def visit(self, samples: Sequence[int], step: int) -> tuple[bool, ...]:
-        before = [sample for sample, _ in self.rows]
+        before = {sample: self.visits[sample] for sample, _ in self.rows}
         stay = [each for each in self.rows if each[0] not in samples]
         room = self.capacity - len(samples)
         stay = stay[max(0, len(stay) - room) :]
         self.rows = [*stay, *((s, content(s, step)) for s in samples)]
-        return tuple(sample not in before for sample in samples)
+        self.visits = before | {sample: before.get(sample, 0) + 1 for sample in samples}
+        return tuple(before.get(sample, 0) < self.raw for sample in samples)
 
 
 steps_of_ids = st.lists(
@@ -73,9 +76,11 @@ steps_of_ids = st.lists(
 
 
 @settings(deadline=None, max_examples=40)
-@given(steps=steps_of_ids, store=st.sampled_from(STORES))
-def test_the_store_is_a_least_recently_visited_one(steps: list[list[int]], store: str) -> None:
-    references, model = made(store), Model(5)
+@given(steps=steps_of_ids, store=st.sampled_from(STORES), raw=st.integers(1, 3))
+def test_the_store_is_a_least_recently_visited_one(
+    steps: list[list[int]], store: str, raw: int
+) -> None:
+    references, model = made(store, raw=raw), Model(5, raw)
     for number, samples in enumerate(steps):
         assert visit(references, samples, number) == model.visit(samples, number)
         assert list(references._slots) == [sample for sample, _ in model.rows]
@@ -86,14 +91,14 @@ def test_the_store_is_a_least_recently_visited_one(steps: list[list[int]], store
 
 
 @settings(deadline=None, max_examples=30)
-@given(steps=steps_of_ids, cut=st.integers(0, 12))
-def test_the_store_is_a_function_of_the_ids(steps: list[list[int]], cut: int) -> None:
+@given(steps=steps_of_ids, cut=st.integers(0, 12), raw=st.integers(1, 3))
+def test_the_store_is_a_function_of_the_ids(steps: list[list[int]], cut: int, raw: int) -> None:
     """In any storage, and over a restart: the same digests."""
-    ends = [made(store) for store in STORES]
+    ends = [made(store, raw=raw) for store in STORES]
     for number, samples in enumerate(steps):
         if number == cut:
             state = ends[0].state_dict()
-            ends[0] = made("disk")
+            ends[0] = made("disk", raw=raw)
             ends[0].load_state_dict(state)
         assert len({visit(end, samples, number) for end in ends}) == 1
         assert len({end.history() for end in ends}) == 1
@@ -251,7 +256,7 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_changes() -> None:
     assert references.checksum() == before
 
 
-@pytest.mark.parametrize("part", ["rows", "samples", "order", "written", "twice"])
+@pytest.mark.parametrize("part", ["rows", "samples", "order", "writes", "twice"])
 def test_a_state_that_was_changed_is_refused_and_forgotten(part: str) -> None:
     references = made()
     visit(references, [1, 2, 3], 0)
@@ -262,8 +267,8 @@ def test_a_state_that_was_changed_is_refused_and_forgotten(part: str) -> None:
         state["samples"][0] = 9
     elif part == "order":
         state["samples"], state["rows"] = state["samples"].flip(0), state["rows"].flip(0)
-    elif part == "written":
-        state["written"][2] = False
+    elif part == "writes":
+        state["writes"][2] = 0
     else:
         state["samples"][1] = 1
     other = made()
