@@ -26,10 +26,9 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,17 +36,16 @@ from torch.distributed import distributed_c10d
 
 from commlib.communicator import Communicator
 from commlib.feedback import Plain
+from commlib.optim.board import PAUSE, Board
 from commlib.optim.pprs import check_number
 from commlib.policy import Policy
 from commlib.scheme import Scheme
 
 logger = logging.getLogger("commlib")
 c10d: Any = distributed_c10d  # its stores are missing from the stubs
-T = TypeVar("T")
 
 ATTEMPTS = 8
 """Rounds that one exchange may take."""
-PAUSE = 0.02  # seconds between looks into the store
 COMMIT, ABORT = "commit", "abort"
 NOBODY = "nobody"
 
@@ -116,13 +114,12 @@ class Members:
                 )
         self.timeout, self.grace, self.seed = timeout, grace, seed
         self.id: str | None = None
-        self._store = c10d.PrefixStore(f"commlib/members/{name}", store)
+        self._board = Board(c10d.PrefixStore(f"commlib/members/{name}", store), timeout)
         self._round: Round | None = None  # the last one that was committed
         self._next = 0
         self._open: int | None = None  # the generation that `_communicator` is of
         self._communicator: Communicator | None = None
         self._sent = 0
-        self._asked: threading.Thread | None = None
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -147,23 +144,23 @@ class Members:
 
         Raises: ValueError: the run has other settings. RuntimeError: the store does not answer.
         """
-        agreed = self._decide("settings", settings)
+        agreed = self._board.decide("settings", settings)
         if agreed != settings:
             raise ValueError(f"Members: the run has the settings {agreed}, this worker {settings}")
         self._name()
         assert self.id is not None
-        if self._decide("founder", self.id) != self.id:
+        if self._board.decide("founder", self.id) != self.id:
             return False
-        self._poll(lambda: self._count("queue") >= at_least - 1 or None, patience)
+        self._board.poll(lambda: self._board.count("queue") >= at_least - 1 or None, patience)
         guests, queued = self._queue(0)
         if len(guests) + 1 < at_least:
             logger.warning(
                 "Members: begins with %d workers instead of %d", len(guests) + 1, at_least
             )
         self._round, self._next = Round(0, (self.id,), guests, queued, 0), 1
-        self._set("latest", "0")
-        self._set("0/verdict", COMMIT)
-        self._set("0/closed", json.dumps(self._round))
+        self._board.set("latest", "0")
+        self._board.set("0/verdict", COMMIT)
+        self._board.set("0/closed", json.dumps(self._round))
         return True
 
     def receive(self, tensors: Sequence[torch.Tensor], patience: float) -> str:
@@ -178,7 +175,7 @@ class Members:
                 self._name()
             fresh = False
             self._queue_up()
-            number = int(self._get("latest") or 0)
+            number = int(self._board.get("latest") or 0)
             while (found := self._follow(number, end)) is not None:
                 number = found.number + 1
                 if self.id not in found.guests or not self._judged(found.number, end):
@@ -188,7 +185,7 @@ class Members:
                     self._round, self._next = found, found.number + 1
                     return text
                 break
-            self._set(f"left/{self.id}", "1")
+            self._board.set(f"left/{self.id}", "1")
         raise RuntimeError(
             f"Members: nobody let this worker in within {patience:g} s: all members may be gone"
         )
@@ -200,22 +197,22 @@ class Members:
         number, guests = self._round.number, self._round.guests
 
         def here() -> list[str]:
-            return [one for one in guests if self._has(f"{number}/here/{one}")]
+            return [one for one in guests if self._board.has(f"{number}/here/{one}")]
 
-        self._poll(lambda: len(here()) == len(guests) or None, self.grace)
+        self._board.poll(lambda: len(here()) == len(guests) or None, self.grace)
         ready = here()
-        self._set(f"{number}/welcome", json.dumps([ready, text]))
+        self._board.set(f"{number}/welcome", json.dumps([ready, text]))
         failed = set(guests) - set(ready)
         if ready and not self._hand(f"{number}/welcome", (str(self.id), *ready), tensors):
             failed |= set(ready)
         for one in failed:
             logger.warning("Members: worker %s could not join and is not waited for", one)
-            self._set(f"left/{one}", "1")
+            self._board.set(f"left/{one}", "1")
 
     def leave(self) -> None:
         """Say that the others need not wait for this worker any more, and close its group."""
         if self.id is not None:
-            self._set(f"left/{self.id}", "1")
+            self._board.set(f"left/{self.id}", "1")
         self._round = None
         self._drop()
 
@@ -258,16 +255,18 @@ class Members:
         assert last is not None
         if last.guests and last.number == number - 1:  # the first member may still be handing over
             patience += self.timeout + self.grace
-        self._set(f"{number}/arrived/{self._count(f'{number}/arrived', 1)}", str(self.id))
+        self._board.set(
+            f"{number}/arrived/{self._board.count(f'{number}/arrived', 1)}", str(self.id)
+        )
         begun = time.monotonic()
         while (found := self._closed(number)) is None:
-            count = self._count(f"{number}/arrived")
-            here = {self._get(f"{number}/arrived/{n + 1}") for n in range(count)}
-            here -= {one for one in here if one is None or self._has(f"left/{one}")}
+            count = self._board.count(f"{number}/arrived")
+            here = {self._board.get(f"{number}/arrived/{n + 1}") for n in range(count)}
+            here -= {one for one in here if one is None or self._board.has(f"left/{one}")}
             if self.id not in here:  # who let it in has not seen that it arrived
                 self._drop()
                 raise LeftOut
-            missing = {one for one in last.everybody - here if not self._has(f"left/{one}")}
+            missing = {one for one in last.everybody - here if not self._board.has(f"left/{one}")}
             if not missing or time.monotonic() > begun + patience:
                 self._propose(number, last, {one for one in here if one is not None})
             else:
@@ -279,8 +278,8 @@ class Members:
         kept = last.number == number - 1 and last.ids == ids and not last.guests
         guests, queued = self._queue(last.queued)
         closed = Round(number, ids, guests, queued, last.generation if kept else number)
-        self._decide(f"{number}/closed", json.dumps(closed))
-        self._set("latest", str(number))  # where to look from on; it may lag behind
+        self._board.decide(f"{number}/closed", json.dumps(closed))
+        self._board.set("latest", str(number))  # where to look from on; it may lag behind
 
     def _try(self, closed: Round, collective: Callable[[Communicator], object]) -> Exception | None:
         """What went wrong with the collective of a round; of one member it is nothing."""
@@ -301,11 +300,11 @@ class Members:
         """Whether all members of the round have its result."""
         key = f"{closed.number}/verdict"
         if not good:
-            return self._decide(key, ABORT) == COMMIT
-        if self._count(f"{closed.number}/votes", 1) == len(closed.ids):
-            return self._decide(key, COMMIT) == COMMIT
-        found = self._poll(lambda: self._get(key), self.timeout)
-        return (found or self._decide(key, ABORT)) == COMMIT
+            return self._board.decide(key, ABORT) == COMMIT
+        if self._board.count(f"{closed.number}/votes", 1) == len(closed.ids):
+            return self._board.decide(key, COMMIT) == COMMIT
+        found = self._board.poll(lambda: self._board.get(key), self.timeout)
+        return (found or self._board.decide(key, ABORT)) == COMMIT
 
     # Groups.
 
@@ -318,7 +317,7 @@ class Members:
             )
         dist.init_process_group(
             "gloo",
-            store=c10d.PrefixStore(name, self._store),
+            store=c10d.PrefixStore(name, self._board.store),
             rank=ids.index(str(self.id)),
             world_size=len(ids),
             timeout=datetime.timedelta(seconds=self.timeout),
@@ -354,8 +353,8 @@ class Members:
     def _enter(self, closed: Round, tensors: Sequence[torch.Tensor]) -> str | None:
         """As a guest of a round: the first member's tensors, and its text; None where it failed."""
         name = f"{closed.number}/welcome"
-        self._set(f"{closed.number}/here/{self.id}", "1")
-        found = self._poll(lambda: self._get(name), self.timeout + self.grace)
+        self._board.set(f"{closed.number}/here/{self.id}", "1")
+        found = self._board.poll(lambda: self._board.get(name), self.timeout + self.grace)
         ready, text = json.loads(found) if found else ([], "")
         if self.id not in ready:
             return None
@@ -365,11 +364,11 @@ class Members:
 
     def _name(self) -> None:
         """A number that no worker has had."""
-        self.id = str(self._count("ids", 1))
+        self.id = str(self._board.count("ids", 1))
 
     def _queue_up(self) -> None:
         """Take a place in the queue; another one where somebody looked at it before it was said."""
-        while self._decide(f"queue/{self._count('queue', 1)}", str(self.id)) != self.id:
+        while self._board.decide(f"queue/{self._board.count('queue', 1)}", str(self.id)) != self.id:
             pass
 
     def _queue(self, after: int) -> tuple[tuple[str, ...], int]:
@@ -377,70 +376,24 @@ class Members:
 
         A place that nobody has said to be his may be of one that died: it is given up.
         """
-        queued = self._count("queue")
-        places = (self._decide(f"queue/{n}", NOBODY) for n in range(after + 1, queued + 1))
-        guests = [one for one in places if one != NOBODY and not self._has(f"left/{one}")]
+        queued = self._board.count("queue")
+        places = (self._board.decide(f"queue/{n}", NOBODY) for n in range(after + 1, queued + 1))
+        guests = [one for one in places if one != NOBODY and not self._board.has(f"left/{one}")]
         return tuple(guests), queued
 
     def _follow(self, number: int, end: float) -> Round | None:
         """Round `number`, once it is closed."""
-        return self._poll(lambda: self._closed(number), end - time.monotonic())
+        return self._board.poll(lambda: self._closed(number), end - time.monotonic())
 
     def _judged(self, number: int, end: float) -> bool:
-        found = self._poll(lambda: self._get(f"{number}/verdict"), end - time.monotonic())
+        found = self._board.poll(
+            lambda: self._board.get(f"{number}/verdict"), end - time.monotonic()
+        )
         return found == COMMIT
 
     def _closed(self, number: int) -> Round | None:
-        text = self._get(f"{number}/closed")
+        text = self._board.get(f"{number}/closed")
         if text is None:
             return None
         place, ids, guests, queued, generation = json.loads(text)
         return Round(place, tuple(ids), tuple(guests), queued, generation)
-
-    def _poll(self, look: Callable[[], T | None], seconds: float) -> T | None:
-        """What `look` finds within `seconds`."""
-        end = time.monotonic() + seconds
-        while (found := look()) is None and time.monotonic() < end:
-            time.sleep(PAUSE)
-        return found
-
-    def _decide(self, key: str, value: str) -> str:
-        """`value`, or what somebody else has set before."""
-        return bytes(self._ask(lambda: self._store.compare_set(key, "", value))).decode()
-
-    def _count(self, key: str, more: int = 0) -> int:
-        """A counter, after adding to it."""
-        return int(self._ask(lambda: self._store.add(f"count/{key}", more)))
-
-    def _has(self, key: str) -> bool:
-        return bool(self._ask(lambda: self._store.check([key])))
-
-    def _get(self, key: str) -> str | None:
-        return bytes(self._ask(lambda: self._store.get(key))).decode() if self._has(key) else None
-
-    def _set(self, key: str, value: str) -> None:
-        self._ask(lambda: self._store.set(key, value))
-
-    def _ask(self, call: Callable[[], Any]) -> Any:
-        """`call` of the store, beside a clock: its client waits for ever for a host that stopped.
-
-        Raises: RuntimeError after `timeout` seconds, and at once while a call has no answer.
-        """
-        answer: list[Any] = []
-
-        def ask() -> None:
-            try:
-                answer.append(call())
-            except Exception as error:
-                answer.append(error)
-
-        if self._asked is not None and self._asked.is_alive():
-            raise RuntimeError("Members: the store still does not answer")
-        self._asked = threading.Thread(target=ask, name="commlib members", daemon=True)
-        self._asked.start()
-        self._asked.join(self.timeout)
-        if not answer:
-            raise RuntimeError(f"Members: the store did not answer within {self.timeout:g} s")
-        if isinstance(answer[0], Exception):
-            raise answer[0]
-        return answer[0]

@@ -275,7 +275,7 @@ def test_who_is_not_waited_for_does_not_close_a_round_of_nobody() -> None:
         def welcome(self, tensors: Any, text: str) -> None:
             super().welcome(tensors, text)
             if self.ids and self.ids[0] == self.id and not seen.is_set() and self._next == 1:
-                self._set("left/2", "1")
+                self._board.set("left/2", "1")
                 seen.set()
 
         def _close(self, patience: float) -> Any:

@@ -25,7 +25,7 @@ def test_who_queued_and_died_is_waited_for_no_longer_than_grace() -> None:
 def test_who_died_before_it_said_its_name_blocks_no_queue() -> None:
     """It had taken its place in the queue."""
     rooms, joined = Rooms(), threading.Event()
-    Here(rooms)._count("queue", 1)
+    Here(rooms)._board.count("queue", 1)
 
     def first() -> None:
         module, one = worker(Here(rooms, grace=0.5))
@@ -70,9 +70,9 @@ def test_a_guest_that_dies_at_the_door_costs_no_member_its_place() -> None:
         dying._queue_up()
         knocked.set()
         while not done.is_set():  # it is let in, comes to the door, and is seen no more
-            number = int(dying._get("latest") or 0)
+            number = int(dying._board.get("latest") or 0)
             if (found := dying._closed(number)) is not None and dying.id in found.guests:
-                dying._set(f"{number}/here/{dying.id}", "1")
+                dying._board.set(f"{number}/here/{dying.id}", "1")
                 return
             time.sleep(0.01)
 
