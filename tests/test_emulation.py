@@ -293,8 +293,9 @@ def test_nothing_survives_the_launcher(
     started = tmp_path / "started"
     rank = "import pathlib, sys, time; pathlib.Path(sys.argv[2]).touch(); time.sleep(100)"
     launcher = f"""
-        import sys
+        import signal, sys
         from commlib import emulation
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
         argv = [sys.executable, "-c", {rank!r}, {marker!r}, {str(started)!r}]
         emulation.spawn(argv, 2, rate={rate!r}, timeout=60)
     """
