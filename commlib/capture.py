@@ -16,7 +16,7 @@ graphs, and NCCL wants them gone before its group.
 from __future__ import annotations
 
 from .algorithms import Thc
-from .plans import Message, Plan
+from .plans import PARTS, Message, Plan
 
 ONCE = (
     "{what} is called for the first time while a CUDA graph is being captured: ranks could not "
@@ -60,7 +60,7 @@ class Captures:
                 f"{what}: COMMLIB_CHECK=1 compares numbers on the host in every message, which a "
                 "CUDA graph cannot repeat; capture without it"
             )
-        if plan.op == "all_to_all of parts":
+        if plan.op == PARTS:
             raise RuntimeError(
                 f"{what} has sizes of its own in every call, which a CUDA graph cannot repeat; "
                 "capture all_to_all of equal parts"

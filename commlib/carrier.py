@@ -26,7 +26,7 @@ from .collectives import Steps
 from .collectives.base import span
 from .lane import MIN_BYTES as LANE_MIN_BYTES
 from .lane import Lane
-from .plans import Message, Plan
+from .plans import PARTS, Message, Plan
 from .runner import Runner, Task
 from .sampling import sample_errors
 from .stamp import checking
@@ -157,7 +157,7 @@ class Carrier:
         async_op: bool,
     ) -> Work:
         """Carry out `plan` on flat `x`; inline if nothing else is under way."""
-        if result.numel() == 0 and plan.op != "all_to_all of parts":
+        if result.numel() == 0 and plan.op != PARTS:
             return Work(result, 0)
         with self._lock, torch.no_grad():
             capturing = self._admit(plan)
@@ -171,7 +171,7 @@ class Carrier:
                 self._number += 1
                 what = f"{plan.op} of key {plan.label!r} (message {self._number})"
                 via = self._via(plan, message)
-                metered = self._metered(steps(message, via), plan, message)
+                metered = self._metered(steps(message, via), plan, message, x.nbytes)
                 task = Task(
                     metered, work, what, message.names, isinstance(via, Lane), tensors=(result, x)
                 )
@@ -211,12 +211,13 @@ class Carrier:
 
     def _sample(self, plan: Plan, x: torch.Tensor) -> None:
         for place, message in enumerate(plan.messages):
-            if not message.scheme.lossless:
+            # Of differences to what all ranks hold, the error of x itself would say nothing.
+            if not (message.scheme.lossless or message.differences):
                 step = self._number + 1 + place
                 sample_errors(self.meter, message, x, step, self._runner.read)
 
-    def _metered(self, steps: Steps, plan: Plan, message: Message) -> Steps:
-        """`steps`, recorded at their end with the bytes they sent."""
+    def _metered(self, steps: Steps, plan: Plan, message: Message, nbytes: int) -> Steps:
+        """`steps`, recorded at their end with the bytes they sent. nbytes: of the call's tensor."""
         start, sent, answer = self._runner.now(), 0, None
         transport = self.transport
         while True:
@@ -227,7 +228,8 @@ class Carrier:
                 break
             sent += transport.bytes_sent - before
             answer = yield step
-        raw_bytes = message.layout.numel * message.layout.dtype.itemsize
+        layout = message.layout
+        raw_bytes = nbytes if plan.op == PARTS else layout.numel * layout.dtype.itemsize
         row = (plan.op, plan.label, message.name, raw_bytes, sent)
         self._runner.since(start, partial(self.meter.record, *row))
 

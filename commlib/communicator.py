@@ -21,7 +21,7 @@ from .algorithms import TwoPhase
 from .collectives import Steps
 from .engine import Engine
 from .feedback import Compressor
-from .plans import Message, exact, explicit, is_exact, parse_scheme
+from .plans import PARTS, Message, exact, explicit, is_exact, parse_scheme
 from .policy import TensorInfo, raw
 from .scheme import DTYPES, Role, Scheme, check_fixed_size
 from .traffic import Transport, check_all_to_all, check_rank, check_tensor
@@ -91,7 +91,8 @@ class Communicator(Engine):
                 them; None: `sizes`.
             shapes: of the tensors where the segments are whole, for schemes that go by matrices
                 (power_sgd); None: such segments travel raw.
-            hold: segments whose residual stays out of this message (unused parameters).
+            hold: segments that this rank has no gradient of (unused parameters): its residual stays
+                out of this message, and an owner's where the sum is zero.
             own: called instead where nothing is compressed: a collective of the library's own.
         """
         times = self._factor(factor, x)
@@ -261,7 +262,7 @@ class Communicator(Engine):
         check_tensor("all_to_all", out, self.transport.device)
         check_all_to_all(out, x, out_splits, in_splits, self.size)
         even = out_splits is None or in_splits is None
-        op = "all_to_all" if even else "all_to_all of parts"
+        op = "all_to_all" if even else PARTS
         if not even and not is_exact() and (scheme is not None or x.dtype in DTYPES):
             rules = [rule.scheme for rule in self.policy.rules if rule.role in (None, role)]
             for one in rules if scheme is None else [scheme]:
@@ -275,7 +276,8 @@ class Communicator(Engine):
             if scheme is not None:
                 named = explicit(scheme, None, x.dtype, role)
                 return self._compressors.of(self._flat(op, named))
-            found = raw() if plain else self._choose(TensorInfo(None, numel, x.dtype, role))
+            info = TensorInfo(None, numel, x.dtype, role, step=plan.era)
+            found = raw() if plain else self.policy.choose(info)
             return None if found.lossless else self._compressors.of(self._flat(op, found))
 
         def steps(m: Message, t: Transport) -> Steps:

@@ -20,7 +20,17 @@ from .compressors import Compressors
 from .feedback import names_of
 from .hosts import digest, identity
 from .modes import OF_PIPELINES, Delta
-from .plans import Message, Plan, explicit, is_exact, parse_scheme, segmented, single, why_raw
+from .plans import (
+    PARTS,
+    Message,
+    Plan,
+    explicit,
+    is_exact,
+    parse_scheme,
+    segmented,
+    single,
+    why_raw,
+)
 from .policy import Policy, TensorInfo, raw
 from .scheme import Role, Scheme
 from .stamp import WIRE_VERSION
@@ -78,8 +88,9 @@ class Planning:
     ) -> Plan:
         """The plan of a call on one tensor, agreed. `detail`: what else tells calls apart."""
         check_tensor(op, x, self.transport.device)
-        # unequal parts have sizes of their own on every rank
-        numel = 0 if op == "all_to_all of parts" else x.numel()
+        # unequal parts have sizes of their own on every rank, and are chosen for one by one
+        by_part = op == PARTS and scheme is None and not is_exact()
+        numel = 0 if op == PARTS else x.numel()
         era = self._era((key or op,))
         shape = tuple(x.shape) if op == ALL_REDUCE and self._goes_by_shape(scheme) else None
         id_ = (op, key, numel, x.dtype, x.ndim > 1, role, scheme, is_exact(), era, detail, shape)
@@ -88,7 +99,7 @@ class Planning:
             return plan
         if scheme is not None:
             chosen = explicit(scheme, key, x.dtype, role, shape)
-        elif is_exact():
+        elif is_exact() or by_part:
             chosen = raw()
         else:
             # one dimension may be a vector or any flat buffer
@@ -99,6 +110,9 @@ class Planning:
         if op != "all_reduce":
             chosen = self._flat(op, chosen)
         plan = single(op, chosen, key, numel, x.dtype, shape)
+        plan.era = era
+        if by_part:
+            plan.messages[0].name = "by part"
         if detail is not None:
             plan.text["detail"] = detail
         self._adopt(id_, plan)

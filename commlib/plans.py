@@ -34,6 +34,8 @@ RIDE_SHARE = 0.125
 
 # Collectives whose exchanges have equal parts; all_reduce only by two_phase.
 EVEN = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
+PARTS = "all_to_all of parts"
+"""all_to_all of unequal parts: a scheme for each, by its size, which its two ends know."""
 
 _exact_depth = 0
 _exact_lock = threading.Lock()
@@ -112,6 +114,7 @@ class Plan:
     messages: list[Message]
     text: dict[str, Any]
     lossless: bool = False  # one message of the library's own
+    era: int = 0  # of the policy
 
     def __post_init__(self) -> None:
         self.lossless = all(message.scheme.lossless for message in self.messages)
@@ -183,7 +186,8 @@ def single(
     text = {"scheme": message.name, "numel": numel, "dtype": str(dtype)}
     if shapes:
         text["shapes"] = [list(shape) for shape in shapes]
-    return Plan(op, key or f"({numel} values)", [message], text)
+    label = "(parts)" if op == PARTS else f"({numel} values)"
+    return Plan(op, key or label, [message], text)
 
 
 def segmented(

@@ -229,27 +229,6 @@ def test_exact_stretches_leave_residuals_alone() -> None:
     on_ranks(2, "int4+ef", body)
 
 
-def test_held_segments_keep_their_residuals() -> None:
-    """The sender's and the owner's; the other segment's go on."""
-
-    def body(c: Communicator) -> None:
-        def residuals() -> dict[str, torch.Tensor]:
-            (saved,) = c.state_dict()["compressors"].values()
-            return saved["residuals"]
-
-        x = data(c.rank, 6000)
-        c.all_reduce_segments(x, ("a", "b"), (3000, 3000), (2, 2))
-        for step in (1, 2):
-            before = residuals()
-            x = data(c.rank, 6000, step)
-            c.all_reduce_segments(x, ("a", "b"), (3000, 3000), (2, 2), hold=(1,))
-            for name, residual in residuals().items():
-                assert residual.any()
-                assert torch.equal(residual, before[name]) == name.startswith("b")
-
-    on_ranks(3, "int4+ef", body)
-
-
 def test_a_profiler_sees_where_the_time_goes() -> None:
     def body(c: Communicator) -> set[str]:
         x = data(c.rank, 3000)

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd import profiler
 
-from commlib_kernels.layout import Layout
+from commlib_kernels.layout import Layout, pieces
 
 from ..algorithms import TwoPhase
 from ..codecs.base import Codec
@@ -177,6 +177,17 @@ def message(
     )
 
 
+def silent(x: torch.Tensor, codec: Codec, layout: Layout, hold: tuple[int, ...]) -> tuple[int, ...]:
+    """Which of the segments `hold` have nothing but zeros in what a message codes of `x`.
+
+    A rank holds back the residuals of what it has no gradient of. Where it codes what others sent
+    too, a sum that is not zero takes the residual along, or what coding loses of it would be gone.
+    """
+    rows = pieces(layout, codec.format) if hold else ()
+    loud = {p.segment for p in rows if p.segment in hold and x[p.x : p.x + p.numel].any()}
+    return tuple(segment for segment in hold if segment not in loud)
+
+
 def sum_up(
     compressor: Compressor,
     back: Compressor | None,
@@ -191,16 +202,22 @@ def sum_up(
 ) -> int:
     """Code the sum of all ranks' payloads `got` of my `chunk` into `mine`; the bytes used.
 
-    back: codes the sum, if another does than `compressor`. owner: key of the sum.
+    back: codes the sum, if another does than `compressor`. owner: key of the sum. hold: segments
+    whose residual stays as it is where their sum is zero.
     """
     with span("reduce"):
-        if back is None:
-            return compressor.reduce(owner, got, mine, chunk, factor=factor, hold=hold)
+        if back is None and not hold:
+            return compressor.reduce(owner, got, mine, chunk, factor=factor)
         (rank,) = chunk.payloads
+        whole = chunk.only(rank, dense=True)
         buffer = pool.take(chunk.chunk_numel(rank) * chunk.dtype.itemsize)
         dense = buffer.view(chunk.dtype)
         compressor.reduce(owner, got, dense, chunk, factor=factor)
-        used = back.compress(owner, dense, mine, chunk.only(rank, dense=True), hold=hold)
+        hold = silent(dense, (back or compressor).codec, whole, hold)
+        if back is None:
+            used = compressor.reduce(owner, got, mine, chunk, factor=factor, hold=hold)
+        else:
+            used = back.compress(owner, dense, mine, whole, hold=hold)
         pool.give(buffer)
         return used
 
@@ -258,6 +275,7 @@ __all__ = [
     "runs",
     "scale_",
     "scheme_wires",
+    "silent",
     "span",
     "sum_up",
     "together",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from commlib_kernels.layout import Layout
+from commlib_kernels.layout import Layout, aligned
 
 from ..feedback import Compressor, Key
 from ..traffic import Pending, Transport
@@ -75,7 +75,7 @@ def all_to_all_split(
         compressor = compressor_for(part.numel())
         layout = Layout((part.numel(),), x.dtype)
         if compressor is None:
-            return None, layout, part.nbytes
+            return None, layout, aligned(part.nbytes)  # or the next one would start anywhere
         layout = message(layout, compressor.codec, 1)
         return compressor, layout, compressor.codec.nbytes(layout)
 
@@ -87,7 +87,7 @@ def all_to_all_split(
             from_, wire.split(in_bytes), sends, strict=True
         ):
             if compressor is None:
-                place.copy_(part.contiguous().view(torch.uint8))
+                place[: part.nbytes].copy_(part.contiguous().view(torch.uint8))
             else:
                 compressor.advance(PARTS)
                 compressor.compress(PARTS, part, place, layout)
@@ -102,7 +102,7 @@ def all_to_all_split(
             into, got.split(out_bytes), receives, strict=True
         ):
             if compressor is None:
-                part.view(torch.uint8).copy_(place)
+                part.view(torch.uint8).copy_(place[: part.nbytes])
             else:
                 compressor.decompress(PARTS, place, part, layout)
     pool.give(wire, got)

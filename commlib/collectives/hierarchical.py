@@ -33,7 +33,18 @@ from ..scheme import Scheme
 from ..topology import Ranks, Topology, columns_of
 from ..traffic import Transport
 from . import two_phase
-from .base import Exchange, Step, Steps, begin, encode_parts, message, num_slices, reduced_key, span
+from .base import (
+    Exchange,
+    Step,
+    Steps,
+    begin,
+    encode_parts,
+    message,
+    num_slices,
+    reduced_key,
+    silent,
+    span,
+)
 from .pool import Pool
 
 Nodes = tuple[Ranks, ...]
@@ -148,7 +159,8 @@ def _all_reduce(
             pool.give(got, wire)
             shared = pool.take(compressor.codec.nbytes(chunk))
             with span("encode"):
-                compressor.compress(key, x, shared, chunk, hold=hold)
+                still = silent(x, compressor.codec, chunk, hold)
+                compressor.compress(key, x, shared, chunk, hold=still)
             shares.append(two_phase.scatter(column, shared, pool))
         sums = yield from two_phase.gather_sums(
             shares, column, compressor, key, chunks, pool, factor=factor, hold=hold

@@ -18,7 +18,7 @@ from ..feedback import Compressor, Key
 from ..scheme import Scheme
 from ..topology import Topology
 from ..traffic import Pending, Transport
-from .base import Step, Steps, message, scale_, scheme_wires, span
+from .base import Step, Steps, message, scale_, scheme_wires, silent, span
 from .pool import Pool
 
 
@@ -59,7 +59,8 @@ def all_reduce(
     for step in range(size - 1):
         chunk = layout.only((rank - step) % size)
         with span("encode"):
-            compressor.compress(key, x, wire, chunk, hold=hold)
+            still = silent(x, codec, chunk, hold)
+            compressor.compress(key, x, wire, chunk, hold=still)
         for pending in hop(wire, arrived):
             yield pending
         with span("reduce"):
@@ -68,7 +69,9 @@ def all_reduce(
     own = (rank + 1) % size
     payloads = full.view(size, stride)
     with span("encode"):
-        compressor.compress(key, x, payloads[own], layout.only(own), hold=hold)
+        chunk = layout.only(own)
+        still = silent(x, codec, chunk, hold)
+        compressor.compress(key, x, payloads[own], chunk, hold=still)
     for step in range(size - 1):
         for pending in hop(payloads[(own - step) % size], payloads[(own - step - 1) % size]):
             yield pending

@@ -58,8 +58,9 @@ def all_reduce(
 ) -> Steps:
     """Replace flat `x` by `factor` times the sum over ranks, on all ranks alike.
 
-    layout: of x (any `ranks`). hold: segments whose residual stays as it is, the sender's and the
-    owner's. back: codes the second half; None is `compressor`. With one rank x is only multiplied.
+    layout: of x (any `ranks`). hold: segments that this rank has nothing of: its residual stays as
+    it is, and as an owner its sum's where that is zero. back: codes the second half; None is
+    `compressor`. With one rank x is only multiplied.
     """
     if transport.size == 1:
         scale_(x, layout, factor)
