@@ -273,12 +273,29 @@ class Boundary:
     ) -> None:
         """Add the message to `arrived`, a copy of what both ends hold, and keep that."""
         self._compressor.decompress(self._name, body, arrived, layout, add=True)
-        kept = arrived if _clean(arrived) else torch.where(arrived.isfinite(), arrived, held)
+        kept = arrived
+        if not _clean(arrived):
+            kept = torch.where(arrived.isfinite(), arrived, self._before(held, microbatch))
         if self._references is not None:
             rows = kept.view(self.samples, self._row)
             self._references.write(self._visits[microbatch], rows)
         else:
             self._batches[microbatch] = kept.clone()  # the receiver's `arrived` is its caller's
+
+    def _before(self, held: torch.Tensor, microbatch: int) -> torch.Tensor:
+        """`held`, and the references that there were of samples whose visit is raw."""
+        references = self._references
+        if references is None:
+            return held
+        fresh, ids = self._layouts[microbatch].exact, self._visits[microbatch]
+        raw = [n for n, first in enumerate(fresh) if first and ids[n] in references]
+        if not raw:
+            return held
+        rows = held.new_empty(len(raw), self._row)
+        references.read([ids[n] for n in raw], rows)
+        found = held.clone().view(self.samples, self._row)
+        found[raw] = rows
+        return found.view(-1)
 
     def follow(self, old: Boundary) -> None:
         """Go on in the streams of a boundary of this name whose tensors had another shape.

@@ -72,6 +72,10 @@ class References:
     def __len__(self) -> int:
         return len(self._slots)
 
+    def __contains__(self, sample: int) -> bool:
+        """Whether it has a reference."""
+        return sample in self._writes
+
     def visit(self, samples: Sequence[int]) -> tuple[bool, ...]:
         """Announce the samples of a step, in order; which of them travel raw.
 

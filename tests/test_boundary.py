@@ -107,6 +107,22 @@ def test_as_many_visits_are_raw_as_the_mode_says() -> None:
     assert exact == [[True, True], [True, True], [False, True], [False, False]]
 
 
+def test_a_raw_visit_that_is_not_finite_leaves_the_reference_of_the_one_before() -> None:
+    pair, x = ends("int2+delta:raw=3", (2, 64)), data("random", 128).view(2, 64)
+    sick = x.clone()
+    sick[0] *= float("inf")
+    for sent in (x, sick):
+        for end in pair:
+            end.begin([[1, 2]])
+        send(pair, sent, 0)
+    kept = torch.empty(2, 64)
+    references = pair[1]._references
+    assert references is not None
+    references.read([1, 2], kept)
+    assert same(kept, x)
+    assert agree(pair)
+
+
 @pytest.mark.parametrize("text", ["int2+delta", "int2+reuse", "sign+reuse:first=coded"])
 def test_what_stays_arrives_ever_more_exactly(text: str) -> None:
     pair, x = ends(text, (4, 70)), data("random", 280).view(4, 70)
