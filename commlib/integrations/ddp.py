@@ -29,6 +29,7 @@ from commlib.integrations.ddp_refusals import (
     check,
     device_of,
 )
+from commlib.integrations.renaming import MADE_UP, renamed
 from commlib.integrations.replanning import TOLD, Replanner, Settings
 from commlib.integrations.state import PolicyLike, State, parsed
 from commlib.planner.schemes import CANDIDATES, DEFAULT
@@ -158,6 +159,7 @@ class DDPState(State):
         self._find_unused = find_unused_parameters
         self._names: dict[torch.Tensor, str] = {}
         self._bound = False  # to a model, whose parameters have names
+        self._were: dict[torch.Tensor, str] = {}  # names made up for the model this is a copy of
         self._detached = False
         self._replanner: Replanner | None = None
         self._follows = False  # a plan that came with a state
@@ -301,12 +303,14 @@ class DDPState(State):
     def _name(self, parameter: torch.Tensor) -> str:
         name = self._names.get(parameter)
         if name is None:  # no model, or one whose parameters were exchanged after DDP took them
-            name = self._names[parameter] = f"parameter{len(self._names)}"
+            name = self._names[parameter] = MADE_UP.format(len(self._names))
         return name
 
     def _bind(self, ddp: DistributedDataParallel) -> None:
+        before = {**self._were, **self._names}
         self._names = {p: n.replace(COMPILED, "") for n, p in ddp.module.named_parameters()}
-        self._bound = True
+        self._bound, self._were = True, {}
+        self._rename({old: self._names[p] for p, old in before.items() if p in self._names})
         if self._replanner is not None and self._replanner.tensors != self._tensors()[GRADIENTS]:
             self._replanner = self._replanner.of(self._tensors()[GRADIENTS])
         # With a static graph DDP knows the unused ones after one step, and they never change.
@@ -320,7 +324,18 @@ class DDPState(State):
             tensors = self._tensors()[GRADIENTS]
             self._replanner = AutoPlanner.measured(self.communicator, tensors)
 
-    # DDP pickles its hooks' states. Groups, threads and parameters stay behind, residuals go along.
+    def _rename(self, names: Mapping[str, str]) -> None:
+        """What is loaded next goes by new names; by the old ones."""
+        if self._saved is None:
+            return
+        self._saved, lost = renamed(self._saved, names, set(self._names.values()))
+        if lost:
+            log.warning(
+                "residuals of %s are of no parameter that the model has: dropped", ", ".join(lost)
+            )
+
+    # DDP pickles its hooks' states. Groups and threads stay behind, residuals go along; parameters
+    # only where names were made up, to be found again in the copy of the model.
 
     def __getstate__(self) -> dict[str, Any]:
         saved = self._saved if self._communicators is None else self.state_dict()
@@ -330,6 +345,7 @@ class DDPState(State):
             "timeout": self.timeout,
             "find_unused": self._find_unused,
             "saved": saved,
+            "names": {**self._were, **({} if self._bound else self._names)},
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -339,7 +355,7 @@ class DDPState(State):
             seed=state["seed"],
             timeout=state["timeout"],
         )
-        self._saved = state["saved"]
+        self._saved, self._were = state["saved"], state.get("names", {})
         self._detached = True
         log.warning(
             "commlib's DDP state was copied or unpickled; PyTorch does not restore communication "

@@ -164,6 +164,17 @@ def hook_by_hand() -> None:
     names = "".join(residuals(model))
     assert "parameter0" in names
     assert "weight" not in names
+    # wrapping knows the names, of it and of its copy; what is owed goes along
+    twin, other = copy.deepcopy(model), copy.deepcopy(model)
+    expected = train(commlib.wrap(DDP(mlp()), "int4+ef"), 6)
+    for named in (commlib.wrap(twin), commlib.wrap(model)):
+        assert any("0.weight|reduced" in path for path in residuals(named))
+        assert "parameter0" not in "".join(residuals(named))
+        assert torch.equal(train(named, 2, start=4), expected)
+    # what is of no parameter that the model has is dropped
+    other._comm_hooks[0][1]._were.clear()
+    assert not residuals(commlib.wrap(other))
+    train(other, 2)
     model = DDP(mlp())
     model.register_comm_hook(None, hook)
     raises(Exception, "DDPState")(lambda: backward(model, 0))
