@@ -270,23 +270,38 @@ class DDPState(State):
         if self._replanner is None and not self._follows:
             return {}
         more = {} if self._replanner is None else self._replanner.state_dict()
+        if self.communicator._auto:  # what was measured, of which replan() has made no plan yet
+            more["measured"] = True
         return {"policy": self.communicator.policy.to_json(), **more}
 
+    def _plans_in(self, saved: Mapping[str, Any]) -> dict[str, tuple[Policy, bool]]:
+        auto = "auto" in saved
+        if not saved or (auto and self.policy != "auto"):
+            return {}  # the user has named another: what was saved must fit that
+        planner = self._planner_for(saved)
+        if planner is not None and "steps" in saved:
+            planner.check(saved)
+        return {GRADIENTS: (Policy.parse(saved["policy"]), auto or "measured" in saved)}
+
     def _load_planned(self, saved: Mapping[str, Any]) -> None:
-        tensors, auto = self._tensors().get(GRADIENTS, {}), "auto" in saved
-        if auto and self.policy != "auto":
-            return  # the user has named another: what was saved must fit that
+        for policy, measured in self._plans_in(saved).values():
+            self._replanner = self._planner_for(saved)
+            if self._replanner is None:
+                log.warning(TOLD)
+            elif "steps" in saved:
+                device = self._device or torch.device("cpu")
+                self._replanner.load_state_dict(saved, device)
+            self.communicator.take_policy(policy, auto=measured)
+            if "auto" not in saved:
+                self.policy, self._follows = "auto" if measured else policy, True
+
+    def _planner_for(self, saved: Mapping[str, Any]) -> Replanner | None:
+        """What goes on with plans that were saved; None: nothing does."""
+        auto = "auto" in saved
         if self._replanner is None or (self._auto_plans() and not auto):
-            self._replanner = AutoPlanner.saved(saved, tensors) if auto else None
-        if self._replanner is None:
-            log.warning(TOLD)
-        elif "steps" in saved:
-            device = self._device or torch.device("cpu")
-            self._replanner.load_state_dict(saved, device)
-        policy = Policy.parse(saved["policy"])
-        self.communicator.take_policy(policy, auto=auto)
-        if not auto:
-            self.policy, self._follows = policy, True
+            tensors = self._tensors().get(GRADIENTS, {})
+            return AutoPlanner.saved(saved, tensors) if auto else None
+        return self._replanner
 
     def _reconfigure(
         self, policy: PolicyLike | None, seed: int | None, timeout: float | None

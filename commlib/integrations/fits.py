@@ -18,6 +18,7 @@ def check_fits(
     tensors: Mapping[str, TensorInfo],
     shapes: Mapping[str, tuple[int, ...]],
     saved: Mapping[str, Any],
+    planned: tuple[Policy, bool] | None = None,
 ) -> None:
     """Refuse residuals that no tensor here has, that are of another size or of another scheme.
 
@@ -25,10 +26,11 @@ def check_fits(
         tensors: by name; empty where they are not known yet.
         shapes: of those that are reduce-scattered by dimension 0.
         saved: what `Communicator.state_dict` gave.
+        planned: the policy that comes with it, and whether that is auto's; None: what is in force.
 
     Raises: ValueError naming the residual, what it is and what is expected.
     """
-    policy = communicator.policy
+    policy, auto = planned or (communicator.policy, communicator._auto)
     for text, memory in saved["compressors"].items():
         for key, h in memory["residuals"].items():
             name = key.removesuffix(OWNER)
@@ -48,7 +50,7 @@ def check_fits(
                         f"parameter here {numel}"
                     )
             # what "auto" chooses by is the size of a message, not that of a tensor
-            expected = sorted(_texts(policy, None if communicator._auto else info))
+            expected = sorted(_texts(policy, None if auto else info))
             if text not in expected:
                 raise ValueError(
                     f"the residual of {name!r} was saved under {text}, this policy sends it as "

@@ -275,14 +275,24 @@ class FSDPState(State):
             found[name] = {"policy": self.communicators[name].policy.to_json(), **more}
         return found
 
-    def _load_planned(self, saved: Mapping[str, Any]) -> None:
+    def _plans_in(self, saved: Mapping[str, Any]) -> dict[str, tuple[Policy, bool]]:
+        found = {}
         for name, planned in saved.items():
-            if name not in self.communicators:
-                continue  # `_load` says what is wrong
-            policy = self._plans[name] = Policy.parse(planned["policy"])
-            self.communicators[name].take_policy(policy)
             if name in self._watched and "steps" in planned:
-                self._watched[name].replanner.load_state_dict(planned, self._groups[0].torch.device)
+                self._watched[name].replanner.check(planned)
+            if name in self.communicators:
+                found[name] = Policy.parse(planned["policy"]), "measured" in planned
+        return found
+
+    def _load_planned(self, saved: Mapping[str, Any]) -> None:
+        for name, (policy, measured) in self._plans_in(saved).items():
+            self.communicators[name].take_policy(policy, auto=measured)
+            self._plans.pop(name, None)
+            if not measured:
+                self._plans[name] = policy
+            if name in self._watched and "steps" in saved[name]:
+                device = self._groups[0].torch.device
+                self._watched[name].replanner.load_state_dict(saved[name], device)
         if not self._watched:
             log.warning(TOLD)
 

@@ -188,20 +188,27 @@ class Replanner:
             state["table"] = self._errors.table.to("cpu", copy=True)
         return state
 
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state whose table is of other tensors or schemes (ValueError)."""
+        if "table" not in state:
+            return
+        shape = self._table(torch.device("cpu")).table.shape
+        if state["table"].shape != shape:
+            raise ValueError(
+                f"the saved error table has {tuple(state['table'].shape)} entries, these "
+                f"parameters and schemes {tuple(shape)}: replan() as it was saved"
+            )
+
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Go on from `state_dict()`. ValueError where its table is of other tensors or schemes.
 
         Where either has been stopped, there are no more plans.
         """
+        self.check(state)
         self.stopped |= bool(state.get("stopped", False))
         errors = None
         if "table" in state:
             errors = self._table(device)
-            if state["table"].shape != errors.table.shape:
-                raise ValueError(
-                    f"the saved error table has {tuple(state['table'].shape)} entries, these "
-                    f"parameters and schemes {tuple(errors.table.shape)}: replan() as it was saved"
-                )
             errors.table.copy_(state["table"])
         self.steps, self._errors = state["steps"], None if self.stopped else errors
 
