@@ -81,8 +81,11 @@ def wrap(
         ValueError: FSDP2 used in a way that leaves no room, or a scheme that does not suit.
     """
     torch_groups = groups_of(model)
+    state = _state(torch_groups)
+    if state is None:
+        state = FSDPState(policy, seed=seed or 0, timeout=timeout)
+        policy = state.policy  # where none was given, COMMLIB_POLICY's
     gathers = _of_parameters(policy) if parameters is None else parsed(parameters)
-    state = _state(torch_groups) or FSDPState(policy, seed=seed or 0, timeout=timeout)
     check(torch_groups, gathers=gathers is not None)
     check_gradients(state.policy if policy is None else parsed(policy), torch_groups)
     if gathers is not None:
@@ -267,11 +270,17 @@ class FSDPState(State):
             self._plans[name] = policy
         return found
 
+    def _backward_has_ended(self, group: Group) -> None:
+        for watched in self._watched.values():
+            watched.ended(group.names)
+
     def _planned(self) -> dict[str, Any]:
         found = {}
         for name in dict.fromkeys((*self._watched, *self._plans)):
             watched = self._watched.get(name)
             more = {} if watched is None else watched.state_dict()
+            if self.communicators[name]._auto:  # what was measured: there is no plan yet
+                more["measured"] = True
             found[name] = {"policy": self.communicators[name].policy.to_json(), **more}
         return found
 
