@@ -334,6 +334,7 @@ class DDPState(State):
         if self._group is not ddp.process_group or self._device != device:
             self.close()
             self._group, self._device = ddp.process_group, device
+        self.communicator.check_ahead(self._tensors()[GRADIENTS].values(), owners=True)
         self.communicator.warmup()  # what fails or takes long does so here, not in backward
         if self.policy == "auto" and self._replanner is None:
             tensors = self._tensors()[GRADIENTS]

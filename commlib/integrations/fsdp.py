@@ -364,6 +364,9 @@ class FSDPState(State):
                 )
         for communicator in self.communicators.values():
             communicator.warmup()  # what fails or takes long does so here, not in backward
+        for name, tensors in self._carried().items():
+            owners = name.startswith(REPLICAS)
+            self.communicators[name].check_ahead(tensors.values(), owners=owners)
 
 
 def _state(torch_groups: list[Any]) -> FSDPState | None:

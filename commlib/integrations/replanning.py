@@ -101,14 +101,16 @@ class Replanner:
             rank, which has no link. RuntimeError: ranks differ.
         """
         mine = self.settings
-        policy, first = communicator.policy, Scheme.parse(mine.default).resolve()
+        first = Scheme.parse(mine.default).resolve()
         for name, info in self.tensors.items():
-            scheme = policy.choose(info)
-            if scheme.feedback != Plain() and not _interchangeable(first, scheme):
-                raise ValueError(
-                    f"{name} goes by {scheme}, whose residual could not go on under {first}: wrap "
-                    f"the model with {mine.default!r}, or give schemes and a default like {scheme}"
-                )
+            # now, or by the time of the first plan
+            for scheme in communicator.ahead(info).values():
+                if scheme.feedback != Plain() and not _interchangeable(first, scheme):
+                    raise ValueError(
+                        f"{name} goes by {scheme}, whose residual could not go on under {first}: "
+                        f"wrap the model with {mine.default!r}, or give schemes and a default like "
+                        f"{scheme}"
+                    )
         tensors = digest(
             str([(i.key, i.numel, str(i.dtype), i.ndim) for i in self.tensors.values()])
         )

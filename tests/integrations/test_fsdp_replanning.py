@@ -236,6 +236,9 @@ def what_ends_it() -> None:
     assert set(chosen(model).values()) == {"int4"}
     blocks = commlib.wrap(sharded(net()), "int8:block=64+ef")
     raises(ValueError, "goes by int8:block=64", "wrap the model")(commlib.of(blocks).replan)
+    rules = [{"scheme": "fp32", "from_step": 2}, {"scheme": "int4+ef"}]
+    refused = raises(ValueError, "from step 2 on by fp32", "no memory")
+    refused(lambda: commlib.wrap(sharded(net()), {"rules": rules}))
     differs = raises(RuntimeError, "every")
     differs(lambda: commlib.of(model).replan(2 + dist.get_rank()))
 

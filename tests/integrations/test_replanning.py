@@ -229,6 +229,13 @@ def what_is_refused() -> None:
     model = commlib.wrap(DDP(Deep()), "int8:block=64+ef")
     state = commlib.of(model)
     raises(ValueError, "layers.0.weight goes by int8:block=64", "wrap the model")(state.replan)
+    # nor could residuals of rules that begin before the first plan does
+    rules = [{"scheme": "int8:block=64+ef", "from_step": 2}, {"scheme": "fp32"}]
+    commlib.wrap(model, {"rules": rules})
+    raises(ValueError, "layers.0.weight goes by int8:block=64", "wrap the model")(state.replan)
+    rules[1]["scheme"] = "int4+ef"
+    refused = raises(ValueError, "from step 2 on by int8:block=64", "cut at 128")
+    refused(lambda: commlib.wrap(DDP(Deep()), {"rules": rules}))
     # ranks that differ all raise, and train on as they were
     commlib.wrap(model, "int4+ef")
     differs = raises(RuntimeError, "every")
