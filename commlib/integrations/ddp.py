@@ -29,11 +29,12 @@ from commlib.integrations.ddp_refusals import (
     check,
     device_of,
 )
+from commlib.integrations.fits import tell_unmatched
 from commlib.integrations.renaming import MADE_UP, renamed
 from commlib.integrations.replanning import TOLD, Replanner, Settings
 from commlib.integrations.state import PolicyLike, State, parsed
 from commlib.planner.schemes import CANDIDATES, DEFAULT
-from commlib.policy import Policy, TensorInfo
+from commlib.policy import Policy, Role, TensorInfo
 
 log = logging.getLogger("commlib")
 
@@ -334,6 +335,8 @@ class DDPState(State):
         if self._group is not ddp.process_group or self._device != device:
             self.close()
             self._group, self._device = ddp.process_group, device
+        if self.communicator.rank == 0:
+            tell_unmatched(self.policy, self._names.values(), Role.GRADIENT)
         self.communicator.check_ahead(self._tensors()[GRADIENTS].values(), owners=True)
         self.communicator.warmup()  # what fails or takes long does so here, not in backward
         if self.policy == "auto" and self._replanner is None:

@@ -23,6 +23,7 @@ from torch import nn
 
 from commlib.communicator import Communicator
 from commlib.integrations import channel
+from commlib.integrations.fits import tell_unmatched
 from commlib.integrations.fsdp_groups import Backward, Group, Segments, key_of, names_of
 from commlib.integrations.fsdp_refusals import (
     check,
@@ -364,6 +365,9 @@ class FSDPState(State):
                 )
         for communicator in self.communicators.values():
             communicator.warmup()  # what fails or takes long does so here, not in backward
+        if self._place()[0] == 0:
+            tell_unmatched(self.policy, self.shapes, Role.GRADIENT)
+            tell_unmatched(self.parameters, self.shapes, Role.PARAMETER)
         for name, tensors in self._carried().items():
             owners = name.startswith(REPLICAS)
             self.communicators[name].check_ahead(tensors.values(), owners=owners)

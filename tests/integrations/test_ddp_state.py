@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import importlib
 import io
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -251,6 +253,27 @@ def a_rank_that_does_not_come_is_named() -> None:
     dist.barrier()
 
 
+def rules_that_match_nothing_are_told() -> None:
+    """Once, on rank 0: DDP's own prefix is not part of the names. Other roles are not DDP's."""
+    rules = [
+        {"scheme": "fp32", "key": "module.0.*"},
+        {"scheme": "fp32", "key": "2.*"},
+        {"scheme": "int8", "key": "stage*", "role": "activation"},
+        {"scheme": "int4+ef"},
+    ]
+    with mock.patch.object(logging.getLogger("commlib"), "warning") as told:
+        commlib.wrap(DDP(mlp()), {"rules": rules[1:]})
+        assert not told.called
+        commlib.wrap(DDP(mlp()), {"rules": rules})
+    said = [call.args[0] % call.args[1:] for call in told.call_args_list]
+    if dist.get_rank() == 0:
+        (text,) = said
+        for words in ("the keys 'module.0.*', which", "0.bias, 0.weight", "and 2 more"):
+            assert words in text, text
+    else:
+        assert not said
+
+
 def rules_by_name_and_exact_stretches() -> None:
     rules = {"rules": [{"scheme": "fp32", "key": "2.*"}, {"scheme": "int4+ef", "min_numel": 1024}]}
     model, plain = commlib.wrap(DDP(mlp()), rules), DDP(mlp())
@@ -287,6 +310,7 @@ def one_rank() -> None:
         mixed_precision_is_refused,
         ranks_that_disagree_are_told,
         a_rank_that_does_not_come_is_named,
+        rules_that_match_nothing_are_told,
         rules_by_name_and_exact_stretches,
     ],
     ids=lambda case: case.__name__,
