@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -13,7 +14,7 @@ from commlib_kernels import backend_for
 from .algorithms import AlgorithmConfig, Hierarchical, PowerSGD, Thc, TwoPhase
 from .codecs import Entropy
 from .codecs.base import Codec, Round
-from .feedback import OWNER, Compressor, Feedback, Plain
+from .feedback import OWNER, Compressor, ErrorFeedback, Feedback, Plain
 from .modes import OF_PIPELINES
 from .scheme import Scheme
 
@@ -96,7 +97,7 @@ class Compressors:
 
     def _home(self, scheme: Scheme, *, owner: bool) -> Compressor | None:
         """The compressor that has the residuals of a scheme's tensors; None: it has none."""
-        if scheme.lossless or isinstance(scheme.feedback, (Plain, *OF_PIPELINES)):
+        if not _has_residuals(scheme):
             return None
         back = self.back(scheme) if owner else None
         return back or self.of(scheme)
@@ -159,6 +160,45 @@ class Compressors:
         warmup = getattr(backend_for(self._device), "warmup", None)
         if warmup is not None:
             warmup(codec.format, self._device)
+
+
+def check_turns(name: str | None, schemes: Mapping[int, Scheme], *, owners: bool) -> None:
+    """Refuse schemes of a tensor where a residual could not go on from one to the next.
+
+    schemes: by the step they begin at. owners: those that reduce have residuals too, of chunks.
+
+    Raises: ValueError naming the tensor, the step and both schemes.
+    """
+    for (_, old), (step, new) in pairwise(schemes.items()):
+        why = _why_stuck(old, new, owners=owners) if name is not None and old != new else ""
+        if why:
+            raise ValueError(
+                f"{name!r} goes by {old}, and from step {step} on by {new}, where its residual "
+                f"cannot go on: {why}; let from_step begin a scheme with the same feedback and "
+                "blocks, or at that step reset() and set another policy"
+            )
+
+
+def _why_stuck(old: Scheme, new: Scheme, *, owners: bool) -> str:
+    """Why residuals under `old` cannot go on under `new`; empty where they can."""
+    if not _has_residuals(old):
+        return ""
+    if not _has_residuals(new):
+        return "the new one has no memory"
+    if old.feedback != new.feedback:
+        return f"it is of +{old.feedback}, not of +{new.feedback}"
+    if apart(old) != apart(new):
+        return "one of them is of hosts, of low rank, or thc's"
+    scaled = isinstance(old.feedback, ErrorFeedback) and old.feedback.dtype == "int8"
+    if scaled and old.codec.format.block != new.codec.format.block:
+        return "its int8 scales are of other blocks"
+    if owners and _align(old) != _align(new):
+        return f"owners' chunks are cut at {_align(old)} elements, not at {_align(new)}"
+    return ""
+
+
+def _has_residuals(scheme: Scheme) -> bool:
+    return not scheme.lossless and not isinstance(scheme.feedback, (Plain, *OF_PIPELINES))
 
 
 def _align(scheme: Scheme) -> int:

@@ -16,7 +16,7 @@ import torch
 
 from .carrier import Carrier
 from .collectives import ALGORITHMS, Pool, Steps, all_gather, differences
-from .compressors import Compressors
+from .compressors import Compressors, check_turns
 from .copies import Copies
 from .planner import Profile, Speed, exchange, measure, speed
 from .planner import policy as measured_policy
@@ -128,6 +128,8 @@ class Engine(Planning):
             self._steps = dict(state["steps"])
             self._copies.load_state_dict(state["copies"])
             self._carrier.captures.forget()
+            if self._eras:  # residuals may be under the schemes of an earlier step
+                self._plans.clear()
 
     def reset(self) -> None:
         """Forget all residuals."""
@@ -181,7 +183,11 @@ class Engine(Planning):
         with self._carrier.still():
             refused: ValueError | None = None
             try:
-                schemes = {name: new.choose(info) for name, info in tensors.items()}
+                schemes = {}
+                for name, info in tensors.items():
+                    ahead = new.ahead(self._next(info))
+                    check_turns(name, ahead, owners=False)
+                    schemes[name] = next(iter(ahead.values()))
                 moves = self._compressors.moves(schemes)
             except ValueError as error:  # the others hear of it before they go on
                 refused, text["refused"] = error, str(error)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from .algorithms import AlgorithmConfig, Hierarchical, PowerSGD, Thc, TwoPhase
 from .carrier import Carrier
 from .collectives import hierarchical, power_sgd, thc
-from .compressors import Compressors
+from .compressors import Compressors, check_turns
 from .feedback import names_of
 from .hosts import digest, identity
 from .modes import OF_PIPELINES, Delta
@@ -97,18 +98,20 @@ class Planning:
         plan = self._plans.get(id_)
         if plan is not None:
             return plan
+        # one dimension may be a vector or any flat buffer
+        ndim = x.ndim if x.ndim > 1 else None
+        info = TensorInfo(key, numel, x.dtype, role, ndim, era, shape)
         if scheme is not None:
             chosen = explicit(scheme, key, x.dtype, role, shape)
         elif is_exact() or by_part:
             chosen = raw()
         else:
-            # one dimension may be a vector or any flat buffer
-            ndim = x.ndim if x.ndim > 1 else None
-            chosen = self._choose(TensorInfo(key, numel, x.dtype, role, ndim, era, shape))
-            chosen = _suited(op, chosen)
+            chosen = _suited(op, self._choose(info))
         _check_memory(op, chosen)
         if op != "all_reduce":
             chosen = self._flat(op, chosen)
+        if scheme is None and not is_exact():
+            self._bring_along(op, [info], [chosen])
         plan = single(op, chosen, key, numel, x.dtype, shape)
         plan.era = era
         if by_part:
@@ -167,6 +170,8 @@ class Planning:
             _check_memory(op, scheme)
         if op != "all_reduce":
             schemes = [self._flat(op, scheme) for scheme in schemes]
+        if not plain:
+            self._bring_along(op, infos, schemes)
         # Under a policy that compresses, raw segments are added in rank order like the others.
         own = plain or self.policy.lossless or self._auto or op not in INCREMENTS
         own = own and all(scheme.lossless for scheme in schemes)
@@ -177,6 +182,41 @@ class Planning:
         )  # fmt: skip
         self._adopt(id_, plan)
         return plan
+
+    def _bring_along(self, op: str, infos: Sequence[TensorInfo], schemes: Sequence[Scheme]) -> None:
+        """Where the policy changes with the number of calls, residuals go along.
+
+        All ranks make this plan with the same call. Plans are kept by era, so a key that comes to
+        another one is here.
+
+        Raises: ValueError: they cannot, now or when it changes next.
+        """
+        if not self._eras or op not in INCREMENTS:
+            return
+        for info in infos:
+            check_turns(info.key, self.policy.ahead(info), owners=op == ALL_REDUCE)
+        keyed = {
+            info.key: scheme
+            for info, scheme in zip(infos, schemes, strict=True)
+            if info.key is not None
+        }
+        with self._carrier.still():
+            self._compressors.move(self._compressors.moves(keyed))
+
+    def ahead(self, info: TensorInfo) -> dict[int, Scheme]:
+        """The schemes of a tensor by step: of its next message, and of later ones that differ."""
+        return self.policy.ahead(self._next(info))
+
+    def check_ahead(self, infos: Iterable[TensorInfo], *, owners: bool) -> None:
+        """Refuse a policy by which residuals of these tensors could not go on (ValueError).
+
+        owners: they are summed by all_reduce, whose owners of chunks have residuals too.
+        """
+        for info in infos if self._eras else ():
+            check_turns(info.key, self.ahead(info), owners=owners)
+
+    def _next(self, info: TensorInfo) -> TensorInfo:
+        return info._replace(step=self._steps.get(info.key or "", 0))
 
     def _adopt(self, id_: Any, plan: Plan) -> None:
         """Agree on a new plan and keep it. ValueError where residuals would not fit it."""

@@ -164,7 +164,8 @@ class Rule:
         values = dict(row)
         values["scheme"] = _scheme(row["scheme"])
         if "dtype" in row:
-            values["dtype"] = DTYPE_NAMES.get(row["dtype"], row["dtype"])
+            name = row["dtype"]
+            values["dtype"] = DTYPE_NAMES.get(name, name) if isinstance(name, str) else name
         return cls(**values)
 
 
@@ -281,6 +282,12 @@ class Policy:
     def era(self, step: int) -> int:
         """The last step, not after `step`, at which the rules changed: plans hold within an era."""
         return max((r.from_step for r in self.rules if r.from_step <= step), default=0)
+
+    def ahead(self, info: TensorInfo) -> dict[int, Scheme]:
+        """The schemes of a tensor by step: of `info.step`, and of later ones where rules change."""
+        later = {rule.from_step for rule in self.rules if rule.from_step > info.step}
+        steps = [info.step, *sorted(later)]
+        return {step: self.choose(info._replace(step=step)) for step in steps}
 
     @property
     def shaped(self) -> bool:

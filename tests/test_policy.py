@@ -222,6 +222,7 @@ def test_it_is_a_value_that_copies_and_pickles() -> None:
         ({"rules": [{"scheme": "int8", "role": "gradeint"}]}, ["did you mean 'gradient'"]),
         ({"rules": [{"scheme": "int8", "dtype": "float23"}]}, ["did you mean 'float32'"]),
         ({"rules": [{"scheme": "int8", "dtype": "int32"}]}, ["dtype 'int32'", "bfloat16"]),
+        ({"rules": [{"scheme": "int8", "dtype": ["float32"]}]}, ["rule 1", "dtype", "bfloat16"]),
         ({"rules": [{"scheme": "int8", "min_numel": -1}]}, ["min_numel is -1"]),
         ({"rules": [{"scheme": "int8", "min_numel": 1.5}]}, ["min_numel is 1.5"]),
         ({"rules": [{"scheme": "int8", "from_step": True}]}, ["from_step is True"]),

@@ -29,10 +29,12 @@ from commlib.integrations.ddp_refusals import (
     check,
     device_of,
 )
+from commlib.integrations.fits import tell_unmatched
+from commlib.integrations.renaming import MADE_UP, renamed
 from commlib.integrations.replanning import TOLD, Replanner, Settings
 from commlib.integrations.state import PolicyLike, State, parsed
 from commlib.planner.schemes import CANDIDATES, DEFAULT
-from commlib.policy import Policy, TensorInfo
+from commlib.policy import Policy, Role, TensorInfo
 
 log = logging.getLogger("commlib")
 
@@ -158,6 +160,7 @@ class DDPState(State):
         self._find_unused = find_unused_parameters
         self._names: dict[torch.Tensor, str] = {}
         self._bound = False  # to a model, whose parameters have names
+        self._were: dict[torch.Tensor, str] = {}  # names made up for the model this is a copy of
         self._detached = False
         self._replanner: Replanner | None = None
         self._follows = False  # a plan that came with a state
@@ -268,23 +271,38 @@ class DDPState(State):
         if self._replanner is None and not self._follows:
             return {}
         more = {} if self._replanner is None else self._replanner.state_dict()
+        if self.communicator._auto:  # what was measured, of which replan() has made no plan yet
+            more["measured"] = True
         return {"policy": self.communicator.policy.to_json(), **more}
 
+    def _plans_in(self, saved: Mapping[str, Any]) -> dict[str, tuple[Policy, bool]]:
+        auto = "auto" in saved
+        if not saved or (auto and self.policy != "auto"):
+            return {}  # the user has named another: what was saved must fit that
+        planner = self._planner_for(saved)
+        if planner is not None and "steps" in saved:
+            planner.check(saved)
+        return {GRADIENTS: (Policy.parse(saved["policy"]), auto or "measured" in saved)}
+
     def _load_planned(self, saved: Mapping[str, Any]) -> None:
-        tensors, auto = self._tensors().get(GRADIENTS, {}), "auto" in saved
-        if auto and self.policy != "auto":
-            return  # the user has named another: what was saved must fit that
+        for policy, measured in self._plans_in(saved).values():
+            self._replanner = self._planner_for(saved)
+            if self._replanner is None:
+                log.warning(TOLD)
+            elif "steps" in saved:
+                device = self._device or torch.device("cpu")
+                self._replanner.load_state_dict(saved, device)
+            self.communicator.take_policy(policy, auto=measured)
+            if "auto" not in saved:
+                self.policy, self._follows = "auto" if measured else policy, True
+
+    def _planner_for(self, saved: Mapping[str, Any]) -> Replanner | None:
+        """What goes on with plans that were saved; None: nothing does."""
+        auto = "auto" in saved
         if self._replanner is None or (self._auto_plans() and not auto):
-            self._replanner = AutoPlanner.saved(saved, tensors) if auto else None
-        if self._replanner is None:
-            log.warning(TOLD)
-        elif "steps" in saved:
-            device = self._device or torch.device("cpu")
-            self._replanner.load_state_dict(saved, device)
-        policy = Policy.parse(saved["policy"])
-        self.communicator.take_policy(policy, auto=auto)
-        if not auto:
-            self.policy, self._follows = policy, True
+            tensors = self._tensors().get(GRADIENTS, {})
+            return AutoPlanner.saved(saved, tensors) if auto else None
+        return self._replanner
 
     def _reconfigure(
         self, policy: PolicyLike | None, seed: int | None, timeout: float | None
@@ -301,12 +319,14 @@ class DDPState(State):
     def _name(self, parameter: torch.Tensor) -> str:
         name = self._names.get(parameter)
         if name is None:  # no model, or one whose parameters were exchanged after DDP took them
-            name = self._names[parameter] = f"parameter{len(self._names)}"
+            name = self._names[parameter] = MADE_UP.format(len(self._names))
         return name
 
     def _bind(self, ddp: DistributedDataParallel) -> None:
+        before = {**self._were, **self._names}
         self._names = {p: n.replace(COMPILED, "") for n, p in ddp.module.named_parameters()}
-        self._bound = True
+        self._bound, self._were = True, {}
+        self._rename({old: self._names[p] for p, old in before.items() if p in self._names})
         if self._replanner is not None and self._replanner.tensors != self._tensors()[GRADIENTS]:
             self._replanner = self._replanner.of(self._tensors()[GRADIENTS])
         # With a static graph DDP knows the unused ones after one step, and they never change.
@@ -315,12 +335,26 @@ class DDPState(State):
         if self._group is not ddp.process_group or self._device != device:
             self.close()
             self._group, self._device = ddp.process_group, device
+        if self.communicator.rank == 0:
+            tell_unmatched(self.policy, self._names.values(), Role.GRADIENT)
+        self.communicator.check_ahead(self._tensors()[GRADIENTS].values(), owners=True)
         self.communicator.warmup()  # what fails or takes long does so here, not in backward
         if self.policy == "auto" and self._replanner is None:
             tensors = self._tensors()[GRADIENTS]
             self._replanner = AutoPlanner.measured(self.communicator, tensors)
 
-    # DDP pickles its hooks' states. Groups, threads and parameters stay behind, residuals go along.
+    def _rename(self, names: Mapping[str, str]) -> None:
+        """What is loaded next goes by new names; by the old ones."""
+        if self._saved is None:
+            return
+        self._saved, lost = renamed(self._saved, names, set(self._names.values()))
+        if lost:
+            log.warning(
+                "residuals of %s are of no parameter that the model has: dropped", ", ".join(lost)
+            )
+
+    # DDP pickles its hooks' states. Groups and threads stay behind, residuals go along; parameters
+    # only where names were made up, to be found again in the copy of the model.
 
     def __getstate__(self) -> dict[str, Any]:
         saved = self._saved if self._communicators is None else self.state_dict()
@@ -330,6 +364,7 @@ class DDPState(State):
             "timeout": self.timeout,
             "find_unused": self._find_unused,
             "saved": saved,
+            "names": {**self._were, **({} if self._bound else self._names)},
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -339,7 +374,7 @@ class DDPState(State):
             seed=state["seed"],
             timeout=state["timeout"],
         )
-        self._saved = state["saved"]
+        self._saved, self._were = state["saved"], state.get("names", {})
         self._detached = True
         log.warning(
             "commlib's DDP state was copied or unpickled; PyTorch does not restore communication "

@@ -1,8 +1,10 @@
-"""Whether what was saved is what a model here will use: else its residuals would never be sent."""
+"""Whether what was saved, or is asked for, is what a model here will use."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from commlib.algorithms import TwoPhase, unknown
@@ -12,23 +14,48 @@ from commlib.feedback import OWNER
 from commlib.policy import Policy, TensorInfo
 from commlib.scheme import Role, Scheme
 
+log = logging.getLogger("commlib")
+
+SHOWN = 4  # names of parameters
+
+
+def tell_unmatched(policy: Policy | str | None, names: Collection[str], *roles: Role) -> None:
+    """Say which rules of a policy are for keys of no parameter here: a pattern with a slip.
+
+    roles: of what is sent; rules for others are for other uses of the policy.
+    """
+    if not isinstance(policy, Policy):
+        return
+    rules = [rule for rule in policy.rules if rule.role in (None, *roles)]
+    keys = [r.key for r in rules if not any(fnmatchcase(name, r.key) for name in names)]
+    if keys and names:
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        log.warning(
+            "the policy has rules for the keys %s, which no parameter matches: there are %s%s",
+            ", ".join(map(repr, dict.fromkeys(keys))),
+            ", ".join(sorted(names)[:SHOWN]),
+            more,
+        )
+
 
 def check_fits(
     communicator: Communicator,
     tensors: Mapping[str, TensorInfo],
     shapes: Mapping[str, tuple[int, ...]],
     saved: Mapping[str, Any],
+    planned: tuple[Policy, bool] | None = None,
 ) -> None:
-    """Refuse residuals that no tensor here has, that are of another size or of another scheme.
+    """Refuse residuals that would never be sent: of no tensor here, another size or scheme.
 
     Args:
         tensors: by name; empty where they are not known yet.
         shapes: of those that are reduce-scattered by dimension 0.
         saved: what `Communicator.state_dict` gave.
+        planned: the policy that comes with it, and whether that is auto's; None: what is in force.
 
     Raises: ValueError naming the residual, what it is and what is expected.
     """
-    policy = communicator.policy
+    policy, auto = planned or (communicator.policy, communicator._auto)
     for text, memory in saved["compressors"].items():
         for key, h in memory["residuals"].items():
             name = key.removesuffix(OWNER)
@@ -48,7 +75,7 @@ def check_fits(
                         f"parameter here {numel}"
                     )
             # what "auto" chooses by is the size of a message, not that of a tensor
-            expected = sorted(_texts(policy, None if communicator._auto else info))
+            expected = sorted(_texts(policy, None if auto else info))
             if text not in expected:
                 raise ValueError(
                     f"the residual of {name!r} was saved under {text}, this policy sends it as "

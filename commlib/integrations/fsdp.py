@@ -23,6 +23,7 @@ from torch import nn
 
 from commlib.communicator import Communicator
 from commlib.integrations import channel
+from commlib.integrations.fits import tell_unmatched
 from commlib.integrations.fsdp_groups import Backward, Group, Segments, key_of, names_of
 from commlib.integrations.fsdp_refusals import (
     check,
@@ -81,8 +82,11 @@ def wrap(
         ValueError: FSDP2 used in a way that leaves no room, or a scheme that does not suit.
     """
     torch_groups = groups_of(model)
+    state = _state(torch_groups)
+    if state is None:
+        state = FSDPState(policy, seed=seed or 0, timeout=timeout)
+        policy = state.policy  # where none was given, COMMLIB_POLICY's
     gathers = _of_parameters(policy) if parameters is None else parsed(parameters)
-    state = _state(torch_groups) or FSDPState(policy, seed=seed or 0, timeout=timeout)
     check(torch_groups, gathers=gathers is not None)
     check_gradients(state.policy if policy is None else parsed(policy), torch_groups)
     if gathers is not None:
@@ -267,22 +271,38 @@ class FSDPState(State):
             self._plans[name] = policy
         return found
 
+    def _backward_has_ended(self, group: Group) -> None:
+        for watched in self._watched.values():
+            watched.ended(group.names)
+
     def _planned(self) -> dict[str, Any]:
         found = {}
         for name in dict.fromkeys((*self._watched, *self._plans)):
             watched = self._watched.get(name)
             more = {} if watched is None else watched.state_dict()
+            if self.communicators[name]._auto:  # what was measured: there is no plan yet
+                more["measured"] = True
             found[name] = {"policy": self.communicators[name].policy.to_json(), **more}
         return found
 
-    def _load_planned(self, saved: Mapping[str, Any]) -> None:
+    def _plans_in(self, saved: Mapping[str, Any]) -> dict[str, tuple[Policy, bool]]:
+        found = {}
         for name, planned in saved.items():
-            if name not in self.communicators:
-                continue  # `_load` says what is wrong
-            policy = self._plans[name] = Policy.parse(planned["policy"])
-            self.communicators[name].take_policy(policy)
             if name in self._watched and "steps" in planned:
-                self._watched[name].replanner.load_state_dict(planned, self._groups[0].torch.device)
+                self._watched[name].replanner.check(planned)
+            if name in self.communicators:
+                found[name] = Policy.parse(planned["policy"]), "measured" in planned
+        return found
+
+    def _load_planned(self, saved: Mapping[str, Any]) -> None:
+        for name, (policy, measured) in self._plans_in(saved).items():
+            self.communicators[name].take_policy(policy, auto=measured)
+            self._plans.pop(name, None)
+            if not measured:
+                self._plans[name] = policy
+            if name in self._watched and "steps" in saved[name]:
+                device = self._groups[0].torch.device
+                self._watched[name].replanner.load_state_dict(saved[name], device)
         if not self._watched:
             log.warning(TOLD)
 
@@ -345,6 +365,12 @@ class FSDPState(State):
                 )
         for communicator in self.communicators.values():
             communicator.warmup()  # what fails or takes long does so here, not in backward
+        if self._place()[0] == 0:
+            tell_unmatched(self.policy, self.shapes, Role.GRADIENT)
+            tell_unmatched(self.parameters, self.shapes, Role.PARAMETER)
+        for name, tensors in self._carried().items():
+            owners = name.startswith(REPLICAS)
+            self.communicators[name].check_ahead(tensors.values(), owners=owners)
 
 
 def _state(torch_groups: list[Any]) -> FSDPState | None:

@@ -70,6 +70,14 @@ class Group:
             post_backward(*unused)
 
         torch_group.post_backward = noted
+        finalize = torch_group.finalize_backward
+
+        @functools.wraps(finalize)
+        def finalized() -> None:
+            finalize()
+            self.state._backward_has_ended(self)
+
+        torch_group.finalize_backward = finalized
         for module in torch_group.modules:
             module.register_load_state_dict_post_hook(self._loaded)
 

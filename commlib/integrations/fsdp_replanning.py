@@ -4,18 +4,20 @@ What is planned is what a communicator carries: the rows of a reduce-scatter, or
 shard that is averaged between them. Each communicator has plans of its own, the same on its ranks,
 which are those that exchange.
 
-FSDP2 tells of no step. One begins with the first group that is reduced in another backward than the
-one before, or, outside of autograd (pipelines), with the first that comes again.
+FSDP2 tells of no step. One begins with the first group that is reduced after a backward has ended
+for it, or, where none does (pipelines reduce outside of autograd), with the first that comes again.
+Autograd's own count of backwards is of no use: reentrant checkpointing runs others inside of one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from commlib.communicator import Communicator
-from commlib.integrations.fsdp_groups import NO_BACKWARD, Segments
+from commlib.integrations.fsdp_groups import Segments
 from commlib.integrations.replanning import Replanner
 from commlib.policy import Policy
 
@@ -25,8 +27,8 @@ class Watched:
 
     def __init__(self, replanner: Replanner) -> None:
         self.replanner = replanner
-        self._task = NO_BACKWARD
         self._seen: set[tuple[str, ...]] = set()  # in the step that goes on
+        self._ended: set[str] = set()  # names of groups whose backward has ended since it began
 
     def see(
         self, communicator: Communicator, segments: Segments, x: torch.Tensor, rows: int = 1
@@ -35,21 +37,25 @@ class Watched:
 
         Before the first group of a step there may be one, in force then.
         """
-        task, policy = torch._C._current_graph_task_id(), None
-        if not self._seen or task != self._task or segments.keys in self._seen:
+        policy, again = None, not self._ended.isdisjoint(segments.keys)
+        if not self._seen or again or segments.keys in self._seen:
             self.settle()
-            self._task = task
             policy = self.replanner.before_step(communicator)
         self._seen.add(segments.keys)
         parts = x.view(rows, sum(segments.sizes)).split(list(segments.sizes), dim=1)
         self.replanner.see(segments.keys, parts, last=False)
         return policy
 
+    def ended(self, names: Sequence[str]) -> None:
+        """A backward has ended for the group with these names; others may be reduced yet."""
+        self._ended.update(names)
+
     def settle(self) -> None:
         """No more gradients come in this step."""
         if self._seen:
             self.replanner.see((), (), last=True)
         self._seen.clear()
+        self._ended.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """As of `Replanner`, between two steps."""

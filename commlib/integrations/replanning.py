@@ -101,14 +101,16 @@ class Replanner:
             rank, which has no link. RuntimeError: ranks differ.
         """
         mine = self.settings
-        policy, first = communicator.policy, Scheme.parse(mine.default).resolve()
+        first = Scheme.parse(mine.default).resolve()
         for name, info in self.tensors.items():
-            scheme = policy.choose(info)
-            if scheme.feedback != Plain() and not _interchangeable(first, scheme):
-                raise ValueError(
-                    f"{name} goes by {scheme}, whose residual could not go on under {first}: wrap "
-                    f"the model with {mine.default!r}, or give schemes and a default like {scheme}"
-                )
+            # now, or by the time of the first plan
+            for scheme in communicator.ahead(info).values():
+                if scheme.feedback != Plain() and not _interchangeable(first, scheme):
+                    raise ValueError(
+                        f"{name} goes by {scheme}, whose residual could not go on under {first}: "
+                        f"wrap the model with {mine.default!r}, or give schemes and a default like "
+                        f"{scheme}"
+                    )
         tensors = digest(
             str([(i.key, i.numel, str(i.dtype), i.ndim) for i in self.tensors.values()])
         )
@@ -188,20 +190,27 @@ class Replanner:
             state["table"] = self._errors.table.to("cpu", copy=True)
         return state
 
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state whose table is of other tensors or schemes (ValueError)."""
+        if "table" not in state:
+            return
+        shape = self._table(torch.device("cpu")).table.shape
+        if state["table"].shape != shape:
+            raise ValueError(
+                f"the saved error table has {tuple(state['table'].shape)} entries, these "
+                f"parameters and schemes {tuple(shape)}: replan() as it was saved"
+            )
+
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Go on from `state_dict()`. ValueError where its table is of other tensors or schemes.
 
         Where either has been stopped, there are no more plans.
         """
+        self.check(state)
         self.stopped |= bool(state.get("stopped", False))
         errors = None
         if "table" in state:
             errors = self._table(device)
-            if state["table"].shape != errors.table.shape:
-                raise ValueError(
-                    f"the saved error table has {tuple(state['table'].shape)} entries, these "
-                    f"parameters and schemes {tuple(errors.table.shape)}: replan() as it was saved"
-                )
             errors.table.copy_(state["table"])
         self.steps, self._errors = state["steps"], None if self.stopped else errors
 

@@ -67,6 +67,13 @@ class State:
         """What re-planning has made of the policy, and goes on with; empty without."""
         return {}
 
+    def _plans_in(self, saved: Mapping[str, Any]) -> dict[str, tuple[Policy, bool]]:
+        """The policies in what `_planned` gave, by communicator, and whether each is auto's.
+
+        Those that `_load_planned` will take up. ValueError where it cannot.
+        """
+        return {}
+
     def _load_planned(self, saved: Mapping[str, Any]) -> None:
         """Take up what `_planned` gave."""
 
@@ -216,11 +223,13 @@ class State:
                 f"the state is of communicators {', '.join(memory)}, this model has "
                 f"{', '.join(mine)}"
             )
-        if state.get("planned"):
-            self._load_planned(state["planned"])
-        tensors, shapes = self._tensors(), self._shapes()
+        planned = state.get("planned") or {}
+        plans, tensors, shapes = self._plans_in(planned), self._tensors(), self._shapes()
         for name, saved in memory.items():
-            check_fits(mine[name], tensors.get(name, {}), shapes.get(name, {}), saved)
+            infos, rows = tensors.get(name, {}), shapes.get(name, {})
+            check_fits(mine[name], infos, rows, saved, plans.get(name))
+        if planned:  # nothing has changed so far
+            self._load_planned(planned)
         for name, communicator in mine.items():
             if name in memory:
                 communicator.load_state_dict(memory[name])

@@ -196,6 +196,28 @@ def other_policies_end_it_and_take_over() -> None:
         assert set(schemes(model).values()) <= set(CANDIDATES)
 
 
+def a_state_before_the_first_plan_of_replan_goes_on_as_auto() -> None:
+    """What was measured is of messages; also where the run that loads it has planned already."""
+
+    def asked() -> DDP:
+        model = auto()
+        commlib.of(model).replan(4, schemes=("int8", "int6"), default="int8")
+        return model
+
+    with on_a_line(SLOW):
+        model = asked()
+        train(model, 2)
+        sent = {n: p.clone() for n, p in model.module.state_dict().items()}
+        saved = commlib.of(model).state_dict()
+        reference = train(model, 4, start=2)
+        assert isinstance(commlib.of(model).policy, Policy)
+        for again in (asked(), model):
+            again.module.load_state_dict(sent)
+            commlib.of(again).load_state_dict(saved)
+            assert commlib.of(again).policy == "auto"
+            assert torch.equal(train(again, 4, start=2), reference)
+
+
 def other_numbers_of_ranks_keep_what_is_measured_here() -> None:
     with on_a_line(SLOW):
         model = auto()
@@ -237,6 +259,7 @@ def a_step_that_is_not_finite_changes_nothing() -> None:
         (buckets_and_resuming_change_no_bit, 2),
         (where_it_is_not_worth_it_auto_is_as_it_was, 2),
         (other_policies_end_it_and_take_over, 2),
+        (a_state_before_the_first_plan_of_replan_goes_on_as_auto, 2),
         (other_numbers_of_ranks_keep_what_is_measured_here, 2),
         (a_step_that_is_not_finite_changes_nothing, 2),
     ],

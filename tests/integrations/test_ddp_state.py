@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import importlib
 import io
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -164,6 +166,17 @@ def hook_by_hand() -> None:
     names = "".join(residuals(model))
     assert "parameter0" in names
     assert "weight" not in names
+    # wrapping knows the names, of it and of its copy; what is owed goes along
+    twin, other = copy.deepcopy(model), copy.deepcopy(model)
+    expected = train(commlib.wrap(DDP(mlp()), "int4+ef"), 6)
+    for named in (commlib.wrap(twin), commlib.wrap(model)):
+        assert any("0.weight|reduced" in path for path in residuals(named))
+        assert "parameter0" not in "".join(residuals(named))
+        assert torch.equal(train(named, 2, start=4), expected)
+    # what is of no parameter that the model has is dropped
+    other._comm_hooks[0][1]._were.clear()
+    assert not residuals(commlib.wrap(other))
+    train(other, 2)
     model = DDP(mlp())
     model.register_comm_hook(None, hook)
     raises(Exception, "DDPState")(lambda: backward(model, 0))
@@ -240,6 +253,27 @@ def a_rank_that_does_not_come_is_named() -> None:
     dist.barrier()
 
 
+def rules_that_match_nothing_are_told() -> None:
+    """Once, on rank 0: DDP's own prefix is not part of the names. Other roles are not DDP's."""
+    rules = [
+        {"scheme": "fp32", "key": "module.0.*"},
+        {"scheme": "fp32", "key": "2.*"},
+        {"scheme": "int8", "key": "stage*", "role": "activation"},
+        {"scheme": "int4+ef"},
+    ]
+    with mock.patch.object(logging.getLogger("commlib"), "warning") as told:
+        commlib.wrap(DDP(mlp()), {"rules": rules[1:]})
+        assert not told.called
+        commlib.wrap(DDP(mlp()), {"rules": rules})
+    said = [call.args[0] % call.args[1:] for call in told.call_args_list]
+    if dist.get_rank() == 0:
+        (text,) = said
+        for words in ("the keys 'module.0.*', which", "0.bias, 0.weight", "and 2 more"):
+            assert words in text, text
+    else:
+        assert not said
+
+
 def rules_by_name_and_exact_stretches() -> None:
     rules = {"rules": [{"scheme": "fp32", "key": "2.*"}, {"scheme": "int4+ef", "min_numel": 1024}]}
     model, plain = commlib.wrap(DDP(mlp()), rules), DDP(mlp())
@@ -276,6 +310,7 @@ def one_rank() -> None:
         mixed_precision_is_refused,
         ranks_that_disagree_are_told,
         a_rank_that_does_not_come_is_named,
+        rules_that_match_nothing_are_told,
         rules_by_name_and_exact_stretches,
     ],
     ids=lambda case: case.__name__,

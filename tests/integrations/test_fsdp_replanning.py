@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed._composable.replicate_with_fsdp import replicate
+from torch.utils.checkpoint import checkpoint
 
 import commlib
 from commlib.integrations.fsdp_groups import Segments
@@ -106,6 +107,41 @@ def steps_are_backwards() -> None:
     assert replanner.steps == 3
 
 
+def recomputing_is_no_step() -> None:
+    """Reentrant checkpointing runs a backward of its own for every block."""
+
+    class Recomputed(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.requires_grad_()
+            for block in self.blocks:
+                x = x + checkpoint(block, x, use_reentrant=True)
+            return self.head(self.norm(x))
+
+    model = planned(every=2, make=lambda: sharded(Recomputed()))
+    reference = planned(every=2, make=lambda: sharded(Net()))
+    replanner = commlib.of(model)._watched["gradients"].replanner
+    for step in range(4):
+        for m in (model, reference):
+            loss(m, step).backward()
+        assert replanner.steps == step
+    assert chosen(model) == chosen(reference)
+
+
+def a_state_that_is_refused_changes_nothing() -> None:
+    first, model = planned(), commlib.wrap(sharded(Net()), "int8+ef")
+    steps(first, range(3))
+    steps(model, range(1))
+    saved, state = commlib.of(first).state_dict(), commlib.of(model)
+    unranked(saved)["memory"]["gradients"]["compressors"]["int4:round=nearest+ef"]["residuals"] = {
+        "elsewhere": torch.ones(1)
+    }
+    policy, bits = state.communicators["gradients"].policy, state.memory_bytes()
+    raises(ValueError, "elsewhere")(lambda: state.load_state_dict(saved))
+    assert state.communicators["gradients"].policy is policy
+    assert state.memory_bytes() == bits
+    assert not state._plans
+
+
 def what_is_owed_stays() -> None:
     """With constant weights: gradients given = arrived + residuals, across three plans."""
     model, plain = planned(every=1), sharded(net())
@@ -200,6 +236,9 @@ def what_ends_it() -> None:
     assert set(chosen(model).values()) == {"int4"}
     blocks = commlib.wrap(sharded(net()), "int8:block=64+ef")
     raises(ValueError, "goes by int8:block=64", "wrap the model")(commlib.of(blocks).replan)
+    rules = [{"scheme": "fp32", "from_step": 2}, {"scheme": "int4+ef"}]
+    refused = raises(ValueError, "from step 2 on by fp32", "no memory")
+    refused(lambda: commlib.wrap(sharded(net()), {"rules": rules}))
     differs = raises(RuntimeError, "every")
     differs(lambda: commlib.of(model).replan(2 + dist.get_rank()))
 
@@ -247,6 +286,8 @@ def saving_ends_a_step_outside_of_autograd() -> None:
     [
         (one_plan_from_all_ranks, 2),
         (steps_are_backwards, 2),
+        (recomputing_is_no_step, 2),
+        (a_state_that_is_refused_changes_nothing, 2),
         (what_is_owed_stays, 3),
         (resume_is_bitwise, 2),
         (replicas_plan_too, 4),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -98,6 +101,9 @@ def rules_may_name_the_role() -> None:
     assert list(state.communicators) == ["gradients", "parameters"]
     assert [str(rule.scheme) for rule in state.parameters.rules] == ["int8"]
     assert list(commlib.of(commlib.wrap(sharded(), "int4+ef")).communicators) == ["gradients"]
+    with mock.patch.dict(os.environ, {"COMMLIB_POLICY": json.dumps({"rules": rules})}):
+        state = commlib.of(commlib.wrap(sharded()))
+    assert list(state.communicators) == ["gradients", "parameters"]
 
 
 def padding_remembers_nothing() -> None:

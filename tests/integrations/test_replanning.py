@@ -23,9 +23,11 @@ from tests.integrations.ddp_cases import (
     backward,
     batch,
     commlib,
+    mlp,
     raises,
     ranked,
     relative,
+    residuals,
     train,
     unranked,
     weights,
@@ -149,6 +151,28 @@ def a_plan_without_replanning_stays_in_states() -> None:
         state = commlib.of(model).state_dict()
 
 
+def a_state_that_is_refused_changes_nothing() -> None:
+    """One with a plan: of other parameters, or with a table of other schemes."""
+    first = planned()
+    train(first, 4)
+    saved = commlib.of(first).state_dict()
+    other = commlib.wrap(DDP(mlp()), "int4+ef")
+    fewer = commlib.wrap(DDP(Deep(), **SMALL), "int4+ef")
+    commlib.of(fewer).replan(5, schemes=("int4+ef", "int8+ef"))
+    for model, why in ((other, "unknown parameter"), (fewer, "error table")):
+        train(model, 2)
+        state = commlib.of(model)
+        policy, before, replanner = state.policy, residuals(model), state._replanner
+        raises(ValueError, why)(lambda state=state: state.load_state_dict(saved))
+        assert state.policy is policy
+        assert state.communicator.policy is policy
+        assert state._replanner is replanner
+        assert replanner is None or replanner.steps == 2
+        after = residuals(model)
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[path], x) for path, x in before.items())
+
+
 def other_ranks_take_the_plan_but_not_the_table() -> None:
     model = planned()
     train(model, 4)
@@ -205,6 +229,13 @@ def what_is_refused() -> None:
     model = commlib.wrap(DDP(Deep()), "int8:block=64+ef")
     state = commlib.of(model)
     raises(ValueError, "layers.0.weight goes by int8:block=64", "wrap the model")(state.replan)
+    # nor could residuals of rules that begin before the first plan does
+    rules = [{"scheme": "int8:block=64+ef", "from_step": 2}, {"scheme": "fp32"}]
+    commlib.wrap(model, {"rules": rules})
+    raises(ValueError, "layers.0.weight goes by int8:block=64", "wrap the model")(state.replan)
+    rules[1]["scheme"] = "int4+ef"
+    refused = raises(ValueError, "from step 2 on by int8:block=64", "cut at 128")
+    refused(lambda: commlib.wrap(DDP(Deep()), {"rules": rules}))
     # ranks that differ all raise, and train on as they were
     commlib.wrap(model, "int4+ef")
     differs = raises(RuntimeError, "every")
@@ -248,6 +279,7 @@ def seconds_decide() -> None:
         (buckets_make_no_difference, 2),
         (a_plan_without_replanning_stays_in_states, 2),
         (resume_is_bitwise, 2),
+        (a_state_that_is_refused_changes_nothing, 2),
         (other_ranks_take_the_plan_but_not_the_table, 2),
         (a_step_that_is_not_finite_changes_nothing, 2),
         (a_rank_without_data_plans_along, 2),
