@@ -33,7 +33,7 @@ from .stamp import checking
 from .streams import SideStream
 from .telemetry import Meter
 from .traffic import Transport
-from .work import Work
+from .work import Work, writing
 from .worker import Worker
 
 
@@ -195,7 +195,7 @@ class Carrier:
                 what = f"{plan.op} of key {plan.label!r} (message {self._number})"
                 raise self.fail(error, [], what) from error
             if factor != 1.0:
-                with torch.no_grad():
+                with writing(x):
                     x.mul_(factor)
             sent = self.transport.bytes_sent - before
             row = (plan.op, plan.label, "fp32", x.nbytes, sent)

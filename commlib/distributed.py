@@ -44,6 +44,7 @@ from commlib.integrations.p2p import P2POp, batch_isend_irecv, irecv, isend, rec
 from commlib.integrations.works import AsyncWork
 from commlib.policy import Policy, Role, Scheme
 from commlib.scheme import DTYPES
+from commlib.work import writing
 
 __all__ = [
     "AsyncWork",
@@ -312,5 +313,6 @@ def _finish(
     if async_op:
         return AsyncWork(work, outputs, after)
     if after is not None:
-        after()
+        with writing(*outputs):
+            after()
     return None

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 GiveUp = Callable[[float], BaseException]
+
+
+def writing(*tensors: torch.Tensor) -> AbstractContextManager[object]:
+    """A block, on any thread, in which a caller's `tensors` may be written to.
+
+    Those of `torch.inference_mode` take no writes outside of it.
+    """
+    if any(x.is_inference() for x in tensors):
+        return torch.inference_mode()
+    return torch.no_grad()
 
 
 class Work:

@@ -96,7 +96,8 @@ class Worker:
         """Carry a task out on the calling thread; only while idle."""
         task.step = Step.READY  # it has started
         try:
-            drive(task.steps, self._watch if task.lane else self.attend)
+            with task.writing:
+                drive(task.steps, self._watch if task.lane else self.attend)
         except BaseException as error:
             self._broken = self._fail(error, [task])
             task.work._finish(self._broken)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from commlib.communicator import Communicator, Work
 from commlib.integrations.works import AsyncWork, Together
 from commlib.scheme import Role
+from commlib.work import writing
 
 ReduceOp = dist.ReduceOp
 After = Callable[[], None]
@@ -147,7 +148,8 @@ def _work(
     work: Work, async_op: bool, outputs: Sequence[torch.Tensor], after: After | None = None
 ) -> AsyncWork:
     if after is not None and not async_op:
-        after()
+        with writing(*outputs):
+            after()
         after = None
     return AsyncWork(work, outputs, after)
 
