@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import pytest
 import torch
 
 import commlib.distributed as dist
-from tests.integrations.ddp_cases import relative
+from tests.integrations.ddp_cases import raises, relative
 from tests.processes import Pool
 from tests.test_distributed import N, mine, total, values
 
@@ -41,11 +42,71 @@ def in_inference_mode() -> None:
     assert relative(x, total(N)) < 0.02
 
 
+def waiting_in_callbacks() -> None:
+    """A callback is run by the thread that it waits for."""
+    dist.set_policy("int8")
+    first, second, third = (mine(64 * N) * k for k in (1, 2, 3))
+    inside = [mine(N), mine(10)]
+    called: Future[bool] = Future()
+    parts = [torch.empty(N) for _ in range(dist.get_world_size())]
+
+    def callback(_: object) -> None:
+        try:
+            works[1].wait()  # which this thread is to carry out
+            dist.all_reduce(inside[0])  # finds the thread busy, or idle
+            gathering = dist.all_gather(parts, inside[0], async_op=True)
+            gathering.get_future().then(lambda _: dist.all_reduce(inside[1]))
+            gathering.wait()
+            dist.communicator()._carrier.flush()
+            called.set_result(True)
+        except BaseException as error:
+            called.set_exception(error)
+
+    works = [dist.all_reduce(x, async_op=True) for x in (first, second, third)]
+    works[0].get_future().then(callback)
+    assert called.result(timeout=30)
+    for work, k, x in zip(works, (1, 2, 3), (first, second, third), strict=True):
+        work.wait()
+        assert relative(x, k * total(64 * N)) < 0.02
+    assert relative(inside[0], total(N)) < 0.02
+    assert relative(parts[1], total(N)) < 0.02
+    assert relative(inside[1], total(10)) < 1e-6
+    dist.all_reduce(first)  # the thread goes on
+    assert relative(first, dist.get_world_size() * total(64 * N)) < 0.02
+
+
+def failing_in_callbacks() -> None:
+    """What a callback waits for may fail, or take too long."""
+    dist.set_policy("int8")
+    dist.all_reduce(mine(N))
+    caught: Future[BaseException] = Future()
+    if dist.get_rank() == 0:
+        first, second = mine(N), mine(N)
+
+        def callback(_: object) -> None:
+            try:
+                work = dist.all_reduce(second, async_op=True)
+                work.wait(0.1)
+            except RuntimeError as error:
+                caught.set_result(error)
+
+        work = dist.all_reduce(first, async_op=True)
+        work.get_future().then(callback)
+        text = str(caught.result(timeout=30))
+        assert "0.1 s" in text
+        raises(RuntimeError, "no more calls")(lambda: dist.all_reduce(first))
+    else:
+        dist.all_reduce(mine(N))
+    torch.distributed.barrier()
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("case", "ranks"),
     [
         (in_inference_mode, 2),
+        (waiting_in_callbacks, 2),
+        (failing_in_callbacks, 2),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
