@@ -13,6 +13,10 @@ All ranks end with the same bits, the source of a broadcast included; a sender k
 the rules of a policy, the role is gradient for reductions, parameter for all_gather and broadcast,
 activation for all_to_all and point to point: one rule per role keeps weights exact.
 
+The first call of a group that may be compressed, asynchronous or not, connects its ranks and waits
+for them, and so does the first after `set_policy`: in one thread, such calls of several groups come
+in one order on all ranks.
+
 The two ends of a message decide alike, from its elements and dtype: both need the same policy, the
 same `scheme`, and both or neither stand inside `commlib.exact()`. Under "auto", which measures
 collectives alone, messages travel raw.

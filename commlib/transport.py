@@ -351,7 +351,7 @@ def open_group(
             ranks.index(group.rank()),
             members,
             dist.Backend(backend),
-            c10d._get_process_group_store(group),
+            _own_client(c10d._get_process_group_store(group)),
             name,
             timeout=timeout,
             group_desc="commlib",
@@ -361,10 +361,23 @@ def open_group(
     return result
 
 
+def _own_client(store: Any) -> Any:
+    """A store by a connection of its own: gloo's waits would keep this one from other threads."""
+    try:
+        return store.clone()
+    except RuntimeError:  # one written in Python
+        return store
+
+
 def close_group(group: dist.ProcessGroup) -> None:
     """Destroy a group of `open_group`, unless torch.distributed has destroyed all."""
     if group in c10d._world.pg_map:
         dist.destroy_process_group(group)
+
+
+_binding = threading.Lock()
+_unbinding = 0  # threads that are in `_unbound`
+_bound: Any = None  # the device until the last of them leaves
 
 
 @contextlib.contextmanager
@@ -373,11 +386,18 @@ def _unbound(world: Any) -> Iterator[None]:
 
     Where it is, NCCL would split the world's communicator: all its ranks have to take part in that.
     """
-    device, world.bound_device_id = world.bound_device_id, None
+    global _unbinding, _bound
+    with _binding:
+        if not _unbinding:
+            _bound, world.bound_device_id = world.bound_device_id, None
+        _unbinding += 1
     try:
         yield
     finally:
-        world.bound_device_id = device
+        with _binding:
+            _unbinding -= 1
+            if not _unbinding:
+                world.bound_device_id = _bound
 
 
 def backends(group: dist.ProcessGroup) -> dict[str, str]:

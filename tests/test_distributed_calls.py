@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 
 import commlib.distributed as dist
+from commlib.integrations import groups
 from tests.integrations.ddp_cases import raises, relative
 from tests.processes import Pool
 from tests.test_distributed import N, mine, total, values
@@ -100,6 +104,34 @@ def failing_in_callbacks() -> None:
     torch.distributed.barrier()
 
 
+def first_calls_from_two_threads() -> None:
+    """One thread per group; each rank comes to another group first."""
+    timeout = datetime.timedelta(seconds=10)
+    pair = [dist.new_group([0, 1], timeout=timeout) for _ in range(2)]
+    begun = threading.Event()
+    connect = groups.channel.communicator
+
+    def connecting(*args: Any, **how: Any) -> Any:
+        begun.set()
+        return connect(*args, **how)
+
+    def call(group: Any) -> torch.Tensor:
+        x = mine(N)
+        dist.all_reduce(x, group=group)
+        return x
+
+    for group in pair:
+        dist.set_policy("int8", group)
+    first, second = pair if dist.get_rank() == 0 else reversed(pair)
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as threads:
+        patch.setattr(groups.channel, "communicator", connecting)
+        results = [threads.submit(call, first)]
+        assert begun.wait(10)
+        results.append(threads.submit(call, second))
+        for result in results:
+            assert relative(result.result(), total(N)) < 0.02
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("case", "ranks"),
@@ -107,6 +139,7 @@ def failing_in_callbacks() -> None:
         (in_inference_mode, 2),
         (waiting_in_callbacks, 2),
         (failing_in_callbacks, 2),
+        (first_calls_from_two_threads, 2),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
