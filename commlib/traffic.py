@@ -212,7 +212,8 @@ def check_tensor(verb: str, x: torch.Tensor, device: torch.device) -> None:
     """Refuse a tensor the library would mishandle (ValueError)."""
     if not x.is_contiguous():
         raise ValueError(
-            f"{verb}: the tensor of shape {tuple(x.shape)} is not contiguous; pass x.contiguous()"
+            f"{verb}: the tensor of shape {tuple(x.shape)} is not contiguous; pass "
+            "x.contiguous(), a copy: what it receives does not get back into x by itself"
         )
     if x.device.type != device.type or (device.index is not None and x.device != device):
         raise ValueError(

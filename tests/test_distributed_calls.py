@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -132,6 +133,58 @@ def first_calls_from_two_threads() -> None:
             assert relative(result.result(), total(N)) < 0.02
 
 
+def any_strides() -> None:
+    """Tensors that lie otherwise than in the order of their indices, compressed and raw."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+
+    def laid_out(x: torch.Tensor) -> torch.Tensor:
+        return x.to(memory_format=torch.channels_last)
+
+    def check(got: torch.Tensor, expected: torch.Tensor) -> None:
+        assert not got.is_contiguous()
+        assert relative(got, expected) < (0.02 if scheme == "int8" else 1e-6)
+
+    for scheme, async_op in itertools.product(("int8", "fp32"), (False, True)):
+        dist.set_policy(scheme)
+
+        def done(work: Any) -> None:
+            assert (work is not None) is async_op  # noqa: B023
+            if work is not None:
+                work.wait()
+
+        shape = (8, 4, 8, 8)
+        x = laid_out(mine(*shape))
+        done(dist.all_reduce(x, async_op=async_op))
+        check(x, total(*shape))
+        x = mine(64, 32).t()
+        done(dist.all_reduce(x, async_op=async_op, key="x"))
+        check(x, total(64, 32).t())
+        x = laid_out(mine(*shape))
+        done(dist.broadcast(x, 1, async_op=async_op))
+        check(x, values(1, *shape))
+
+        whole = (size * 8, 4, 8, 8)
+        out = laid_out(torch.empty(shape))
+        done(dist.reduce_scatter_single(out, laid_out(mine(*whole)), async_op=async_op))
+        check(out, total(*whole).chunk(size)[rank])
+        parts = [laid_out(part) for part in mine(*whole).chunk(size)]
+        done(dist.reduce_scatter(out, parts, async_op=async_op, scheme=scheme))
+        check(out, total(*whole).chunk(size)[rank])
+
+        rows = torch.cat([values(r, *shape) for r in range(size)])
+        out = laid_out(torch.empty(whole))
+        done(dist.all_gather_single(out, laid_out(mine(*shape)), async_op=async_op))
+        check(out, rows)
+        parts = [laid_out(torch.empty(shape)) for _ in range(size)]
+        done(dist.all_gather(parts, laid_out(mine(*shape)), async_op=async_op))
+        check(parts[1], values(1, *shape))
+
+        out = laid_out(torch.empty(whole))
+        splits = None if async_op else [8] * size
+        done(dist.all_to_all_single(out, laid_out(mine(*whole)), splits, splits, async_op=async_op))
+        check(out, torch.cat([values(r, *whole).chunk(size)[rank] for r in range(size)]))
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("case", "ranks"),
@@ -140,6 +193,7 @@ def first_calls_from_two_threads() -> None:
         (waiting_in_callbacks, 2),
         (failing_in_callbacks, 2),
         (first_calls_from_two_threads, 2),
+        (any_strides, 2),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
