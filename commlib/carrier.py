@@ -254,9 +254,10 @@ class Carrier:
             if self.aborted is None:
                 what = tasks[0].what if tasks else what
                 others = self._agreement.roll_call(what, error)
+                said = f" {others}." if others else ""
                 self.aborted = RuntimeError(
                     f"{what} failed on rank {self.transport.rank} of {self.transport.size}: "
-                    f"{shorten(error)}. {others}. The communicator is aborted; go on from a "
+                    f"{shorten(error)}.{said} The communicator is aborted; go on from a "
                     "checkpoint with a new one, on a new process group if a rank is gone."
                 )
                 self.aborted.__cause__ = error  # keeps buffers alive that may still be written to

@@ -26,7 +26,7 @@ from .scheme import Role, Scheme
 from .stamp import WIRE_VERSION
 from .telemetry import Meter
 from .topology import Ranks, columns_of, nodes_of
-from .traffic import Transport, check_tensor
+from .traffic import Transport, check_sum, check_tensor
 
 logger = logging.getLogger("commlib")
 
@@ -96,6 +96,8 @@ class Planning:
             chosen = self._choose(TensorInfo(key, numel, x.dtype, role, ndim, era, shape))
             chosen = _suited(op, chosen)
         _check_memory(op, chosen)
+        if op in INCREMENTS and chosen.lossless:
+            check_sum(op, x)
         if op != "all_reduce":
             chosen = self._flat(op, chosen)
         plan = single(op, chosen, key, numel, x.dtype, shape)

@@ -7,6 +7,7 @@ import itertools
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -185,6 +186,41 @@ def any_strides() -> None:
         check(out, torch.cat([values(r, *whole).chunk(size)[rank] for r in range(size)]))
 
 
+def any_dtype() -> None:
+    """What is not compressed may be of any dtype to be moved, of those that add to be summed."""
+    dist.set_policy("fp32")
+    rank, size = dist.get_rank(), dist.get_world_size()
+
+    def given(r: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.arange(8 * size).add(r).to(dtype).view(size, 8)
+
+    for dtype in (torch.int16, torch.bool, torch.complex64, torch.float64, torch.float8_e5m2):
+        x = given(rank, dtype)
+        out = torch.empty(size * size, 8, dtype=dtype)
+        dist.all_gather_single(out, x, scheme="fp32")
+        assert torch.equal(out, torch.cat([given(r, dtype) for r in range(size)]))
+        out = torch.empty(size, 8, dtype=dtype)
+        dist.all_to_all_single(out, x, scheme="fp32")
+        assert torch.equal(out, torch.stack([given(r, dtype)[rank] for r in range(size)]))
+        dist.all_to_all_single(out, x, [1] * size, [1] * size, scheme="fp32")
+        assert torch.equal(out, torch.stack([given(r, dtype)[rank] for r in range(size)]))
+        dist.broadcast(x, 1, scheme="fp32")
+        assert torch.equal(x, given(1, dtype))
+    for dtype in (torch.int16, torch.float8_e5m2):
+        refused = raises(ValueError, str(dtype), "int32")
+        x = given(rank, dtype)
+        refused(partial(dist.all_reduce, x, scheme="fp32"))
+        refused(partial(dist.reduce_scatter_single, x[0], x, scheme="fp32"))
+    for dtype in (torch.int32, torch.complex64, torch.float64):
+        expected = sum(given(r, dtype) for r in range(size))
+        x = given(rank, dtype)
+        dist.all_reduce(x, scheme="fp32")
+        assert torch.equal(x, expected)
+        out = torch.empty(1, 8, dtype=dtype)
+        dist.reduce_scatter_single(out, given(rank, dtype), scheme="fp32")
+        assert torch.equal(out[0], expected[rank])  # type: ignore[index]
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("case", "ranks"),
@@ -194,6 +230,7 @@ def any_strides() -> None:
         (failing_in_callbacks, 2),
         (first_calls_from_two_threads, 2),
         (any_strides, 2),
+        (any_dtype, 3),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
