@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from typing import Any
 
 import torch
@@ -41,6 +42,10 @@ KNOWS = {Hierarchical: "hosts", PowerSGD: "low rank", Thc: "sums of codes"}
 GATHER = "all_gather"
 
 
+# Plans of tensors without a name that are kept: a length may be another one in every step.
+ANONYMOUS_PLANS = 1 << 12
+
+
 class Planning:
     """The part of an `Engine` that makes plans."""
 
@@ -53,6 +58,7 @@ class Planning:
     _carrier: Carrier
     _compressors: Compressors
     _plans: dict[Any, Plan]
+    _passing: deque[Any]
     _steps: dict[str, int]
     _eras: bool
     _told: set[tuple[str, Scheme]]
@@ -104,6 +110,11 @@ class Planning:
         if detail is not None:
             plan.text["detail"] = detail
         self._adopt(id_, plan)
+        if key is None:
+            self._passing.append(id_)
+            if len(self._passing) > ANONYMOUS_PLANS:  # by the number agreed on, as on all ranks
+                dropped = self._plans.pop(self._passing.popleft(), None)
+                self._carrier.captures.drop(dropped)
         return plan
 
     def _segments(
