@@ -100,6 +100,7 @@ def set_policy(policy: str | Scheme | Policy | dict[str, Any], group: Group = No
 def communicator(group: Group = None) -> Communicator:
     """What compresses the collectives of `group`: its `stats()`, `state_dict()`, `reset()`.
 
+    Before the first compressed call of the group this makes it, as that call would: all ranks come.
     Of a group that moves tensors of both devices: those on CUDA.
     """
     return groups.communicator(groups.member(group))
