@@ -53,6 +53,12 @@ class Captures:
         """Residuals are gone: messages have to be carried out again before a capture."""
         self._ready.clear()
 
+    def drop(self, plan: Plan | None) -> None:
+        """A plan is no longer kept; its messages in a graph are."""
+        for message in () if plan is None else plan.messages:
+            if id(message) not in self._fixed:
+                self._ready.pop(id(message), None)
+
     def _capture(self, plan: Plan, checked: bool) -> None:
         what = f"{plan.op} of key {plan.label!r}"
         if checked:

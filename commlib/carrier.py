@@ -33,7 +33,7 @@ from .stamp import checking
 from .streams import SideStream
 from .telemetry import Meter
 from .traffic import Transport
-from .work import Work
+from .work import Work, writing
 from .worker import Worker
 
 
@@ -195,7 +195,7 @@ class Carrier:
                 what = f"{plan.op} of key {plan.label!r} (message {self._number})"
                 raise self.fail(error, [], what) from error
             if factor != 1.0:
-                with torch.no_grad():
+                with writing(x):
                     x.mul_(factor)
             sent = self.transport.bytes_sent - before
             row = (plan.op, plan.label, "fp32", x.nbytes, sent)
@@ -256,9 +256,10 @@ class Carrier:
             if self.aborted is None:
                 what = tasks[0].what if tasks else what
                 others = self._agreement.roll_call(what, error)
+                said = f" {others}." if others else ""
                 self.aborted = RuntimeError(
                     f"{what} failed on rank {self.transport.rank} of {self.transport.size}: "
-                    f"{shorten(error)}. {others}. The communicator is aborted; go on from a "
+                    f"{shorten(error)}.{said} The communicator is aborted; go on from a "
                     "checkpoint with a new one, on a new process group if a rank is gone."
                 )
                 self.aborted.__cause__ = error  # keeps buffers alive that may still be written to

@@ -275,7 +275,7 @@ class Communicator(Engine):
         def chosen(numel: int) -> Compressor | None:
             if scheme is not None:
                 named = explicit(scheme, None, x.dtype, role)
-                return self._compressors.of(self._flat(op, named))
+                return None if named.lossless else self._compressors.of(self._flat(op, named))
             info = TensorInfo(None, numel, x.dtype, role, step=plan.era)
             found = raw() if plain else self.policy.choose(info)
             return None if found.lossless else self._compressors.of(self._flat(op, found))

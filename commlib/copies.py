@@ -34,7 +34,8 @@ class Copies:
         held = self._rows.get(names)
         if held is not None and held[1].dtype == x.dtype:
             return held[1], True
-        rows = torch.empty(self._size, x.numel(), dtype=x.dtype, device=x.device)
+        with torch.inference_mode(False):  # training goes on with what evaluation began
+            rows = torch.empty(self._size, x.numel(), dtype=x.dtype, device=x.device)
         own = rows[self._rank].copy_(x)
         for name, part in zip(names, own.split(sizes), strict=True):
             saved = self._saved.pop(name, None)

@@ -13,6 +13,10 @@ All ranks end with the same bits, the source of a broadcast included; a sender k
 the rules of a policy, the role is gradient for reductions, parameter for all_gather and broadcast,
 activation for all_to_all and point to point: one rule per role keeps weights exact.
 
+The first call of a group that may be compressed, asynchronous or not, connects its ranks and waits
+for them, and so does the first after `set_policy`: in one thread, such calls of several groups come
+in one order on all ranks.
+
 The two ends of a message decide alike, from its elements and dtype: both need the same policy, the
 same `scheme`, and both or neither stand inside `commlib.exact()`. Under "auto", which measures
 collectives alone, messages travel raw.
@@ -29,20 +33,19 @@ without its feedback (said once, in the log), an explicit `scheme` with `+ef` is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as _torch
 
-from commlib.communicator import Communicator, Work
-from commlib.integrations import backend, groups, p2p
+from commlib.communicator import Communicator
+from commlib.integrations import backend, calls, groups, p2p
 from commlib.integrations.backend import Options
-from commlib.integrations.calls import elements, gather_parts, is_sum, scatter_parts
-from commlib.integrations.calls import factor as factor_of
+from commlib.integrations.calls import is_sum
 from commlib.integrations.p2p import P2POp, batch_isend_irecv, irecv, isend, recv, send
 from commlib.integrations.works import AsyncWork
-from commlib.policy import Policy, Role, Scheme
+from commlib.policy import Policy, Scheme
 from commlib.scheme import DTYPES
 
 __all__ = [
@@ -97,6 +100,7 @@ def set_policy(policy: str | Scheme | Policy | dict[str, Any], group: Group = No
 def communicator(group: Group = None) -> Communicator:
     """What compresses the collectives of `group`: its `stats()`, `state_dict()`, `reset()`.
 
+    Before the first compressed call of the group this makes it, as that call would: all ranks come.
     Of a group that moves tensors of both devices: those on CUDA.
     """
     return groups.communicator(groups.member(group))
@@ -122,9 +126,8 @@ def all_reduce(
     route = _route("all_reduce", group, scheme, key, op, tensor)
     if route is None:
         return _torch.all_reduce(tensor, op, group, async_op)
-    factor = factor_of(op, route.size)
-    work = route.all_reduce(tensor, key, factor=factor, scheme=scheme, async_op=async_op)
-    return _finish(work, async_op, tensor)
+    work = calls.all_reduce(route, tensor, op, async_op, key=key, scheme=scheme)
+    return work if async_op else None
 
 
 def reduce_scatter_single(
@@ -141,9 +144,8 @@ def reduce_scatter_single(
     route = _route("reduce_scatter", group, scheme, key, op, input, output)
     if route is None:
         return _reduce_scatter_flat(output, input, op, group, async_op)
-    factor = factor_of(op, route.size)
-    work = route.reduce_scatter(output, input, key, factor=factor, scheme=scheme, async_op=async_op)
-    return _finish(work, async_op, output)
+    work = calls.reduce_scatter(route, output, input, op, async_op, key=key, scheme=scheme)
+    return work if async_op else None
 
 
 reduce_scatter_tensor = reduce_scatter_single
@@ -163,11 +165,8 @@ def reduce_scatter(
     route = _route("reduce_scatter", group, scheme, key, op, output, *input_list)
     if route is None or any(part.numel() != output.numel() for part in input_list):
         return _torch.reduce_scatter(output, input_list, op, group, async_op)
-    factor = factor_of(op, route.size)
-    work = scatter_parts(
-        route, output, input_list, key=key, factor=factor, scheme=scheme, async_op=async_op
-    )
-    return _finish(work, async_op, output)
+    work = calls.reduce_scatter(route, output, input_list, op, async_op, key=key, scheme=scheme)
+    return work if async_op else None
 
 
 def all_gather_single(
@@ -183,10 +182,8 @@ def all_gather_single(
     route = _route("all_gather", group, scheme, key, None, output_tensor, input_tensor)
     if route is None:
         return _all_gather_flat(output_tensor, input_tensor, group, async_op)
-    work = route.all_gather(
-        output_tensor, input_tensor, key, role=Role.PARAMETER, scheme=scheme, async_op=async_op
-    )
-    return _finish(work, async_op, output_tensor)
+    work = calls.all_gather(route, output_tensor, input_tensor, async_op, key=key, scheme=scheme)
+    return work if async_op else None
 
 
 all_gather_into_tensor = all_gather_single
@@ -205,10 +202,8 @@ def all_gather(
     route = _route("all_gather", group, scheme, key, None, tensor, *tensor_list)
     if route is None or any(part.numel() != tensor.numel() for part in tensor_list):
         return _torch.all_gather(tensor_list, tensor, group, async_op)
-    work, spread = gather_parts(
-        route, tensor_list, tensor, key=key, scheme=scheme, async_op=async_op
-    )
-    return _finish(work, async_op, *tensor_list, after=spread)
+    work = calls.all_gather(route, tensor_list, tensor, async_op, key=key, scheme=scheme)
+    return work if async_op else None
 
 
 def all_to_all_single(
@@ -227,18 +222,9 @@ def all_to_all_single(
         return _torch.all_to_all_single(
             output, input, output_split_sizes, input_split_sizes, group, async_op
         )
-    out_splits = elements(output, output_split_sizes, input_split_sizes, route.size)
-    in_splits = elements(input, input_split_sizes, output_split_sizes, route.size)
-    work = route.all_to_all(
-        output,
-        input,
-        out_splits=out_splits,
-        in_splits=in_splits,
-        role=Role.ACTIVATION,
-        scheme=scheme,
-        async_op=async_op,
-    )
-    return _finish(work, async_op, output)
+    rows = output_split_sizes, input_split_sizes
+    work = calls.all_to_all(route, output, input, *rows, async_op, scheme=scheme)
+    return work if async_op else None
 
 
 def broadcast(
@@ -265,8 +251,8 @@ def broadcast(
         source = None
     if source is None:
         raise ValueError(f"broadcast takes src or group_src, got src={src}, group_src={group_src}")
-    work = route.broadcast(tensor, source, role=Role.PARAMETER, scheme=scheme, async_op=async_op)
-    return _finish(work, async_op, tensor)
+    work = calls.broadcast(route, tensor, source, async_op, scheme=scheme)
+    return work if async_op else None
 
 
 def __getattr__(name: str) -> Any:
@@ -304,13 +290,3 @@ def _route(
     if key is None:
         groups.tell_anonymous(group, route.policy)
     return route
-
-
-def _finish(
-    work: Work, async_op: bool, *outputs: torch.Tensor, after: Callable[[], None] | None = None
-) -> AsyncWork | None:
-    if async_op:
-        return AsyncWork(work, outputs, after)
-    if after is not None:
-        after()
-    return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,6 +76,7 @@ class Engine(Planning):
         self._compressors = Compressors(self.transport.device, seed, self.rank)
         self._copies = Copies(self.rank, self.size)
         self._plans: dict[Any, Plan] = {}
+        self._passing: deque[Any] = deque()  # those of tensors without a name, the oldest first
         self._steps: dict[str, int] = {}  # messages of a key, where the policy changes with them
         self._eras = any(rule.from_step for rule in self.policy.rules)
         self.nodes: tuple[Ranks, ...] = ()  # the ranks of each host, once a message needs them

@@ -70,6 +70,9 @@ __all__ = [
 EXACT_BELOW_NDIM = 2
 EXACT_BELOW_NUMEL = 1024
 
+# Choices that a policy remembers: more tensors than a model has.
+CHOICES = 1 << 14
+
 # dtypes as policy files write them
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
@@ -255,9 +258,12 @@ class Policy:
         the scheme without its memory: no key, no memory.
         """
         info = info._replace(step=self.era(info.step))
-        if info not in self._chosen:
-            self._chosen[info] = self._choose(info)
-        return self._chosen[info]
+        chosen = self._chosen.get(info)
+        if chosen is None:
+            if len(self._chosen) >= CHOICES:
+                self._chosen.clear()
+            chosen = self._chosen[info] = self._choose(info)
+        return chosen
 
     def _choose(self, info: TensorInfo) -> Scheme:
         if info.dtype not in DTYPES:

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
 from .collectives.base import Step, Steps
 from .traffic import Pending
-from .work import GiveUp, Work
+from .work import GiveUp, Work, writing
 
 
 @dataclass
@@ -38,11 +38,16 @@ class Task:
     step: Step | Pending | None = None  # what it asked for last
     issued: bool = False
     waiting: Future[None] | None = None  # for what it asked for, once watched
+    writing: AbstractContextManager[object] = field(init=False)  # where its steps run
+
+    def __post_init__(self) -> None:
+        self.writing = writing(*self.tensors)
 
     def advance(self, answer: bool | None) -> bool:
         """Run to the next request; False at the end."""
         try:
-            self.step = self.steps.send(answer)  # type: ignore[arg-type]  # None starts it
+            with self.writing:
+                self.step = self.steps.send(answer)  # type: ignore[arg-type]  # None starts it
         except StopIteration:
             return False
         return True

@@ -73,7 +73,7 @@ class SideStream:
         """Queue all of a task."""
         task.step = Step.READY  # it has started
         try:
-            with self.fork():
+            with self.fork(), task.writing:
                 drive(task.steps)
                 task.work._finish()
         except BaseException as error:

@@ -17,6 +17,13 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+# what gloo adds, and NCCL too
+SUMMED = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool),
+    *(torch.complex128, torch.complex64, torch.complex32),
+)
+
 
 class Timeout(RuntimeError):
     """An exchange took longer than it may."""
@@ -212,12 +219,27 @@ def check_tensor(verb: str, x: torch.Tensor, device: torch.device) -> None:
     """Refuse a tensor the library would mishandle (ValueError)."""
     if not x.is_contiguous():
         raise ValueError(
-            f"{verb}: the tensor of shape {tuple(x.shape)} is not contiguous; pass x.contiguous()"
+            f"{verb}: the tensor of shape {tuple(x.shape)} is not contiguous; pass "
+            "x.contiguous(), a copy: what it receives does not get back into x by itself"
         )
     if x.device.type != device.type or (device.index is not None and x.device != device):
         raise ValueError(
             f"{verb}: the tensor is on {x.device}, this group moves {device} tensors; make a "
             f"communicator with device={str(x.device)!r}"
+        )
+
+
+def as_bytes(x: torch.Tensor) -> torch.Tensor:
+    """Contiguous `x` as flat bytes: what only moves need not be numbers that the library knows."""
+    return x if x.dtype is torch.uint8 else x.view(-1).view(torch.uint8)
+
+
+def check_sum(verb: str, x: torch.Tensor) -> None:
+    """Refuse numbers that the library would not add (ValueError): it raises amid the exchange."""
+    if x.dtype not in SUMMED and not (x.is_cuda and x.is_floating_point()):  # NCCL adds fp8
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUMMED)
+        raise ValueError(
+            f"{verb}: process groups do not add {x.dtype}; allowed: {names}; convert the tensor"
         )
 
 

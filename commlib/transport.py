@@ -30,6 +30,7 @@ from .traffic import (
     all_gather_bytes,
     all_reduce_bytes,
     all_to_all_bytes,
+    as_bytes,
     broadcast_bytes,
     check_all_gather,
     check_all_to_all,
@@ -129,15 +130,18 @@ class TorchTransport:
         self._check("all_to_all", out, inp)
         check_all_to_all(out, inp, out_splits, in_splits, self.size)
         self._add(all_to_all_bytes(inp, in_splits, self.rank, self.size))
+        size = inp.itemsize
+        splits = [[n * size for n in part or ()] for part in (out_splits, in_splits)]
+        out, inp = as_bytes(out), as_bytes(inp)
         options = self._options(c10d.AllToAllOptions())
-        call = getattr(self._plain, self._all_to_all)
-        work = call(out, inp, list(out_splits or ()), list(in_splits or ()), options)
+        work = getattr(self._plain, self._all_to_all)(out, inp, *splits, options)
         return self._exchange(work, (out, inp))
 
     def all_gather(self, out: torch.Tensor, inp: torch.Tensor) -> Pending:
         self._check("all_gather", out, inp)
         check_all_gather(out, inp, self.size)
         self._add(all_gather_bytes(inp.nbytes, self.size))
+        out, inp = as_bytes(out), as_bytes(inp)
         if self._gloo:
             copies = inp.view(1, -1).expand(self.size, -1).contiguous().view(-1)
             options = self._options(c10d.AllToAllOptions())
@@ -158,7 +162,7 @@ class TorchTransport:
         options = self._options(c10d.BroadcastOptions())
         options.rootRank = src
         options.rootTensor = 0
-        return self._exchange(self._plain.broadcast([x], options), x)
+        return self._exchange(self._plain.broadcast([as_bytes(x)], options), x)
 
     def send(self, x: torch.Tensor, dst: int, tag: int = 0) -> Pending:
         self._check("send", x)
@@ -351,7 +355,7 @@ def open_group(
             ranks.index(group.rank()),
             members,
             dist.Backend(backend),
-            c10d._get_process_group_store(group),
+            _own_client(c10d._get_process_group_store(group)),
             name,
             timeout=timeout,
             group_desc="commlib",
@@ -361,10 +365,22 @@ def open_group(
     return result
 
 
+def _own_client(store: Any) -> Any:
+    """A store by a connection of its own: gloo's waits would keep this one from other threads."""
+    try:
+        return store.clone()
+    except RuntimeError:  # one written in Python
+        return store
+
+
 def close_group(group: dist.ProcessGroup) -> None:
     """Destroy a group of `open_group`, unless torch.distributed has destroyed all."""
     if group in c10d._world.pg_map:
         dist.destroy_process_group(group)
+
+
+_binding = threading.Lock()
+_bound: list[Any] = []  # the device, once for every thread that is in `_unbound`
 
 
 @contextlib.contextmanager
@@ -373,11 +389,16 @@ def _unbound(world: Any) -> Iterator[None]:
 
     Where it is, NCCL would split the world's communicator: all its ranks have to take part in that.
     """
-    device, world.bound_device_id = world.bound_device_id, None
+    with _binding:
+        _bound.append(_bound[0] if _bound else world.bound_device_id)
+        world.bound_device_id = None
     try:
         yield
     finally:
-        world.bound_device_id = device
+        with _binding:
+            device = _bound.pop()
+            if not _bound:
+                world.bound_device_id = device
 
 
 def backends(group: dist.ProcessGroup) -> dict[str, str]:

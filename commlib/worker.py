@@ -4,6 +4,9 @@ Whatever may move, moves, the oldest first: codes a message, sums what has arriv
 nothing moves by itself the thread sleeps until an exchange is done or another message is queued;
 `Waiters` do the waiting, as gloo tells of no end of a receive to whoever does not wait for it.
 
+Callbacks of futures run on this thread too. One that waits for another message does not block it:
+it goes on with messages itself until that one is done.
+
 Messages in a lane of their own (see lane.py) issue at any time. The others are matched by order
 alone: of these only the oldest that has not issued everything may issue.
 """
@@ -65,7 +68,7 @@ class Worker:
 
     def work(self, result: Any, parts: int, give_up: GiveUp | None = None) -> Work:
         """A Work that blocks in `wait` until the tasks are done."""
-        return Work(result, parts, give_up)
+        return Work(result, parts, give_up, self._until)
 
     def fork(self) -> AbstractContextManager[None]:
         """Nothing to do: what the caller does while no task is under way is done at once."""
@@ -96,7 +99,8 @@ class Worker:
         """Carry a task out on the calling thread; only while idle."""
         task.step = Step.READY  # it has started
         try:
-            drive(task.steps, self._watch if task.lane else self.attend)
+            with task.writing:
+                drive(task.steps, self._watch if task.lane else self.attend)
         except BaseException as error:
             self._broken = self._fail(error, [task])
             task.work._finish(self._broken)
@@ -124,6 +128,7 @@ class Worker:
 
     def flush(self) -> None:
         """Wait until idle."""
+        self._until(lambda: self.idle)
         with self._changed:
             self._changed.wait_for(lambda: self.idle)
 
@@ -150,27 +155,37 @@ class Worker:
         # all cores, and spin on those of other ranks (1200 ms a step of PowerSGD instead of 20).
         torch.get_num_threads()
         with torch.no_grad():
-            while True:
-                # An idle thread must not hold on to its last task: that keeps the group alive.
-                task: Task | None = None
-                with self._changed:
-                    self._changed.wait_for(lambda: self._stopping or not self.idle)
-                    if self.idle:
-                        return
-                    self._news = False
-                try:
-                    for task in self._tasks():
-                        if self._move(task):
-                            break
-                    else:
-                        with span("wait"), self._changed:
-                            task = self._active[0]
-                            quiet = not self._changed.wait_for(lambda: self._news, LOOK)
-                        if quiet:  # without the lock: the store may take its time
-                            self._look()
-                except BaseException as error:
-                    self._break(error, task)
-                    return
+            while self._turn():
+                pass
+
+    def _until(self, done: Callable[[], bool]) -> None:
+        """On the thread itself, in a callback: go on with other messages until `done()`."""
+        if threading.current_thread() is self._thread:
+            while not done() and self._turn():
+                pass
+
+    def _turn(self) -> bool:
+        """Move a message, or wait for news; False when the thread is to end."""
+        # An idle thread must not hold on to its last task: that keeps the group alive.
+        task: Task | None = None
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping or not self.idle)
+            if self.idle:
+                return False
+            self._news = False
+        try:
+            for task in self._tasks():
+                if self._move(task):
+                    break
+            else:
+                with span("wait"), self._changed:
+                    task = self._active[0]
+                    quiet = not self._changed.wait_for(lambda: self._news, LOOK)
+                if quiet:  # without the lock: the store may take its time
+                    self._look()
+        except BaseException as error:
+            self._break(error, task)
+        return self._broken is None
 
     def _tasks(self) -> list[Task]:
         """The tasks in flight, and the next one if it may start."""

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from commlib import Communicator, Policy, Scheme, exact
+from commlib import Communicator, Policy, Scheme, exact, planning
+from commlib import policy as policies
 from commlib.policy import Role, Rule
 from commlib.telemetry import Meter
 from commlib.transport import ThreadTransport, run_ranks
@@ -392,3 +393,23 @@ def test_a_ring_without_tags_exchanges_in_one_call() -> None:
     with_tags, without = (run_ranks(3, lambda t, g=g: rank(t, g)) for g in (True, False))
     assert all(torch.equal(x, y) for x, y in zip(with_tags, without, strict=True))
     assert len(set(sent)) == 1
+
+
+def test_lengths_without_end_leave_a_bounded_number_of_plans(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All ranks let go of the same plans: each goes back to an old length, and they agree."""
+    monkeypatch.setattr(planning, "ANONYMOUS_PLANS", 4)
+    monkeypatch.setattr(policies, "CHOICES", 4)
+
+    def body(c: Communicator) -> None:
+        for numel in (*range(100, 110), *range(109, 99, -1)):
+            x = torch.ones(numel)
+            c.all_reduce(x, "named")
+            c.all_reduce(x, async_op=numel % 2 == 0).wait()
+            assert (x == 4).all()
+        assert len([plan for plan in c._plans.values() if plan.label != "named"]) == 4
+        assert len(c._carrier.captures._ready) < 20
+        assert len(c.policy._chosen) <= 4
+
+    on_ranks(2, only("bf16"), body)

@@ -178,6 +178,28 @@ def batches() -> None:
     raises(ValueError, "one group")(lambda: dist.batch_isend_irecv([ops[0], other]))
 
 
+def a_refused_batch_leaves_no_trace() -> None:
+    """A message that was numbered and not sent would be missed by the other end."""
+    dist.set_policy("int8")
+    rank = dist.get_rank()
+    peer, x, small = 1 - rank, values(rank, N), torch.zeros(6, 6)
+    good = dist.P2POp(dist.isend, x, peer)
+    refused = [
+        dist.P2POp(dist.isend, x.view(64, -1).t(), peer),
+        dist.P2POp(dist.irecv, x.view(64, -1).t(), peer),
+        dist.P2POp(dist.isend, small.t()[1:], peer),  # raw
+        dist.P2POp(dist.isend, x, peer, scheme="int8|entropy"),  # of no fixed size
+        dist.P2POp(dist.isend, x, peer, tag=-1),
+    ]
+    for bad in refused if rank == 0 else []:
+        received = dist.P2POp(dist.irecv, torch.empty(N), peer)
+        raises(ValueError)(lambda bad=bad, got=received: dist.batch_isend_irecv([got, good, bad]))
+    y = torch.empty(N)
+    for work in dist.batch_isend_irecv([good, dist.P2POp(dist.irecv, y, peer)]):
+        work.wait()
+    assert 0 < relative(y, values(peer, N)) < 0.02
+
+
 def batches_that_the_library_groups() -> None:
     """As NCCL does: one work for all."""
     dist.set_policy("int8")
@@ -376,6 +398,7 @@ def works_that_nobody_keeps() -> None:
         (tags_out_of_order, 2),
         (from_any_source, 3),
         (batches, 2),
+        (a_refused_batch_leaves_no_trace, 2),
         (batches_that_the_library_groups, 2),
         (what_is_not_compressed_is_torchs, 2),
         (auto_is_raw_and_says_so, 2),

@@ -109,6 +109,15 @@ class Mail:
         self._kept: set[Sending | Receiving] = set()
         self._many = 16  # messages kept before those that are done are looked for
 
+    def check(self, verb: str, x: torch.Tensor, peer: int | None, compressor: Compressor) -> Cut:
+        """How a message travels; ValueError where it cannot. Nothing is sent or counted."""
+        check_tensor(verb, x, self.transport.device)
+        if peer is not None:
+            check_rank(verb, peer, self.transport.size)
+        elif not self.transport.tagged:
+            raise ValueError(f"{verb}: NCCL does not receive from any source; name src")
+        return slices(x.numel(), x.dtype, compressor.codec)
+
     def isend(
         self,
         x: torch.Tensor,
@@ -118,9 +127,7 @@ class Mail:
         via: Transport | None = None,
     ) -> Sending:
         """Send contiguous `x` to rank `dst`. via: what issues, if not the transport."""
-        check_tensor("send", x, self.transport.device)
-        check_rank("send", dst, self.transport.size)
-        cut = slices(x.numel(), x.dtype, compressor.codec)
+        cut = self.check("send", x, dst, compressor)
         with self.lock, torch.no_grad():
             self._settle()
             stream = dst, self._stream(tag)
@@ -140,12 +147,7 @@ class Mail:
         via: Transport | None = None,
     ) -> Receiving:
         """Receive into contiguous `x` from rank `src` (None: any). via: as in `isend`."""
-        check_tensor("recv", x, self.transport.device)
-        if src is not None:
-            check_rank("recv", src, self.transport.size)
-        elif not self.transport.tagged:
-            raise ValueError("recv: NCCL does not receive from any source; name src")
-        cut = slices(x.numel(), x.dtype, compressor.codec)
+        cut = self.check("recv", x, src, compressor)
         with self.lock, torch.no_grad():
             self._settle()
             number = None

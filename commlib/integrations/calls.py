@@ -12,6 +12,7 @@ import torch.distributed as dist
 from commlib.communicator import Communicator, Work
 from commlib.integrations.works import AsyncWork, Together
 from commlib.scheme import Role
+from commlib.work import writing
 
 ReduceOp = dist.ReduceOp
 After = Callable[[], None]
@@ -65,12 +66,14 @@ def scatter_parts(
     return route.reduce_scatter(out.view(-1), flat, **how)
 
 
-# The calls of a process group: whatever strides torch would take, and always a work.
+# torch's calls: whatever strides it would take, and always a work. `how`: scheme, and key.
 
 
-def all_reduce(route: Communicator, x: torch.Tensor, op: Any, async_op: bool) -> AsyncWork:
+def all_reduce(
+    route: Communicator, x: torch.Tensor, op: Any, async_op: bool, **how: Any
+) -> AsyncWork:
     flat, after = _written(x)
-    work = route.all_reduce(flat, factor=factor(op, route.size), async_op=async_op)
+    work = route.all_reduce(flat, factor=factor(op, route.size), async_op=async_op, **how)
     return _work(work, async_op, [x], after)
 
 
@@ -80,9 +83,10 @@ def reduce_scatter(
     x: torch.Tensor | Sequence[torch.Tensor],
     op: Any,
     async_op: bool,
+    **how: Any,
 ) -> AsyncWork:
     flat, after = _written(out)
-    how: dict[str, Any] = {"factor": factor(op, route.size), "async_op": async_op}
+    how |= {"factor": factor(op, route.size), "async_op": async_op}
     if isinstance(x, torch.Tensor):
         work = route.reduce_scatter(flat, x.contiguous(), **how)
     else:
@@ -95,14 +99,14 @@ def all_gather(
     out: torch.Tensor | Sequence[torch.Tensor],
     x: torch.Tensor,
     async_op: bool,
+    **how: Any,
 ) -> AsyncWork:
     after: After | None
     if isinstance(out, torch.Tensor):
         flat, after = _written(out)
-        how: dict[str, Any] = {"role": Role.PARAMETER, "async_op": async_op}
-        work = route.all_gather(flat, x.contiguous(), **how)
+        work = route.all_gather(flat, x.contiguous(), role=Role.PARAMETER, async_op=async_op, **how)
         return _work(work, async_op, [out], after)
-    work, after = gather_parts(route, out, x, async_op=async_op)
+    work, after = gather_parts(route, out, x, async_op=async_op, **how)
     return _work(work, async_op, out, after)
 
 
@@ -110,24 +114,29 @@ def all_to_all(
     route: Communicator,
     out: torch.Tensor,
     x: torch.Tensor,
-    out_rows: Sequence[int],
-    in_rows: Sequence[int],
+    out_rows: Sequence[int] | None,
+    in_rows: Sequence[int] | None,
     async_op: bool,
+    **how: Any,
 ) -> AsyncWork:
+    flat, after = _written(out)
     work = route.all_to_all(
-        out,
-        x,
+        flat,
+        x.contiguous(),
         out_splits=elements(out, out_rows, in_rows, route.size),
         in_splits=elements(x, in_rows, out_rows, route.size),
         role=Role.ACTIVATION,
         async_op=async_op,
+        **how,
     )
-    return _work(work, async_op, [out])
+    return _work(work, async_op, [out], after)
 
 
-def broadcast(route: Communicator, x: torch.Tensor, src: int, async_op: bool) -> AsyncWork:
+def broadcast(
+    route: Communicator, x: torch.Tensor, src: int, async_op: bool, **how: Any
+) -> AsyncWork:
     flat, after = _written(x)
-    work = route.broadcast(flat, src, role=Role.PARAMETER, async_op=async_op)
+    work = route.broadcast(flat, src, role=Role.PARAMETER, async_op=async_op, **how)
     return _work(work, async_op, [x], after)
 
 
@@ -147,7 +156,8 @@ def _work(
     work: Work, async_op: bool, outputs: Sequence[torch.Tensor], after: After | None = None
 ) -> AsyncWork:
     if after is not None and not async_op:
-        after()
+        with writing(*outputs):
+            after()
         after = None
     return AsyncWork(work, outputs, after)
 

@@ -1,7 +1,8 @@
 """The communicators of a program's process groups, one per group and device.
 
 A group has a policy (`set_policy`; else COMMLIB_POLICY, else "auto") and a meter for each device.
-Communicators are made at the first collective and stopped when their group is destroyed.
+Communicators are made at the first collective, which connects the ranks and so waits for them, and
+stopped when their group is destroyed.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ log = logging.getLogger("commlib")
 
 Source = str | Scheme | Policy | dict[str, Any]
 
-_lock = threading.Lock()
+_lock = threading.Lock()  # of these dictionaries; nobody waits for other ranks with it
 _communicators: dict[tuple[dist.ProcessGroup, torch.device], Communicator] = {}
 _policies: weakref.WeakKeyDictionary[dist.ProcessGroup, Policy | str] = weakref.WeakKeyDictionary()
 _meters: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, Meter]] = (
+    weakref.WeakKeyDictionary()
+)
+_making: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, threading.Lock]] = (
     weakref.WeakKeyDictionary()
 )
 _seeds: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
@@ -75,10 +79,11 @@ def policy(group: dist.ProcessGroup) -> Policy | str:
 
 def meter(group: dist.ProcessGroup, device: torch.device) -> Meter:
     """What counts the traffic of a group under its policy."""
-    meters = _meters.setdefault(group, {})
-    if device not in meters:
-        meters[device] = Meter(rank=group.rank())
-    return meters[device]
+    with _lock:
+        meters = _meters.setdefault(group, {})
+        if device not in meters:
+            meters[device] = Meter(rank=group.rank())
+        return meters[device]
 
 
 def communicator(group: dist.ProcessGroup, device: torch.device | None = None) -> Communicator:
@@ -88,18 +93,25 @@ def communicator(group: dist.ProcessGroup, device: torch.device | None = None) -
     """
     device = device or group_device(group)
     mine = (group, device)
-    if mine not in _communicators:
-        _stop(_destroyed)
+    made = _communicators.get(mine)
+    if made is not None:
+        return made
+    _stop(_destroyed)
     with _lock:
-        if mine not in _communicators:
-            _communicators[mine] = channel.communicator(
+        making = _making.setdefault(group, {}).setdefault(device, threading.Lock())
+    with making:
+        made = _communicators.get(mine)
+        if made is None:
+            made = channel.communicator(
                 group,
                 policy(group),
                 seed=_seeds.get(group, 0),
                 device=device,
                 meter=meter(group, device),
             )
-        return _communicators[mine]
+            with _lock:
+                _communicators[mine] = made
+        return made
 
 
 def flush(group: dist.ProcessGroup) -> None:
@@ -131,8 +143,9 @@ def tell_anonymous(group: dist.ProcessGroup, policy: Policy) -> None:
 
 def _stop(which: Callable[[dist.ProcessGroup], bool]) -> None:
     with _lock:
-        for group, device in [mine for mine in _communicators if which(mine[0])]:
-            channel.retire(_communicators.pop((group, device)))
+        found = [_communicators.pop(mine) for mine in list(_communicators) if which(mine[0])]
+    for made in found:
+        channel.retire(made)
 
 
 def _destroyed(group: dist.ProcessGroup) -> bool:

@@ -26,7 +26,7 @@ from commlib.integrations.works import Timeout, seconds
 from commlib.plans import explicit, is_exact, parse_scheme, why_raw
 from commlib.policy import EXACT_BELOW_NUMEL, Role, Scheme, TensorInfo
 from commlib.scheme import DTYPES
-from commlib.traffic import Post, check_rank
+from commlib.traffic import Post, check_rank, check_tensor
 from commlib.transport import GLOO, TorchTransport, backends, group_device, plain
 
 log = logging.getLogger("commlib")
@@ -254,6 +254,12 @@ def batch_isend_irecv(p2p_op_list: list[dist.P2POp]) -> list[Any]:
         raise ValueError(
             "batch_isend_irecv: the tensors are on different devices; make two batches"
         )
+    for op, route in zip(p2p_op_list, routes, strict=True):  # a number given is a message expected
+        verb = "send" if op.op is dist.isend else "recv"
+        if route is None:
+            check_tensor(verb, op.tensor, office.transport.device)
+        else:
+            route[0].mail.check(verb, op.tensor, op.group_peer, route[1])
     batch, messages = Batch(office.transport), []
     with office.mail.lock:
         for op, route in zip(p2p_op_list, routes, strict=True):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from commlib.work import Work
+from commlib.work import Work, writing
 
 Timeout = datetime.timedelta | float | None
 
@@ -70,7 +70,7 @@ class AsyncWork(dist.Work):
         def outcome(done: torch.futures.Future[Any]) -> list[torch.Tensor]:
             done.value()  # raises where the collective failed
             if self._after is not None:
-                with torch.no_grad():
+                with writing(*self._outputs):
                     self._after()
             return list(self._outputs)
 
