@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from commlib.benchmark.codecs import CodecBench
 from commlib.benchmark.codecs import run as run_codecs
 from commlib.benchmark.collectives import Bench, _interface, sizes_between
-from commlib.benchmark.contestants import COLLECTIVES, OPS, PAIRS, Buffers
+from commlib.benchmark.contestants import COLLECTIVES, OPS, PAIRS, Buffers, Measured
 from commlib.benchmark.rows import CodecRow, Row, codec_table, origin, table, write_jsonl
 from commlib.benchmark.timing import (
     MAX_ROUNDS,
@@ -25,6 +26,8 @@ from commlib.benchmark.timing import (
     rounds_within,
 )
 from commlib.benchmark.units import format_rate, format_size, parse_size
+from commlib.policy import Policy, Rule, Scheme
+from commlib.threads import ThreadTransport, run_ranks
 
 SCHEMA = {
     "op", "scheme", "backend", "ranks", "size_bytes", "wire_bytes", "ms_p50", "ms_p80",
@@ -199,6 +202,36 @@ def test_a_table_shows_what_applies_and_a_dash_where_nothing_does() -> None:
     assert "auto (int8)" in text
     assert "0.500 [0.400, 0.600]" in text
     assert "64KiB" in text
+
+
+def test_a_row_names_the_scheme_that_ran() -> None:
+    """Under a rule that compresses large tensors: a collective is planned by what this rank has."""
+    large = Policy((Rule(Scheme.parse("int8"), min_numel=1 << 12), Rule(Scheme.parse("fp32"))))
+
+    def ran(transport: ThreadTransport, op: str, scheme: str, policy: Policy | None) -> str | None:
+        one = Measured("fp32" if policy else scheme, transport, seed=0)
+        if policy is not None:
+            one.communicator.take_policy(policy)
+        buffers = Buffers(op, 32 << 10, transport.rank, 4, seed=0)  # 8192 elements, 2048 a part
+        contestant = one.contestant(scheme, buffers)
+        contestant.run()
+        one.close()
+        sent, must = contestant.sent(), buffers.must_send()
+        assert sent == must if contestant.chosen() == "fp32" else sent < must
+        return contestant.chosen()
+
+    for op, scheme, policy, expected in (
+        ("all_reduce", "auto", large, "int8:round=stochastic"),
+        ("reduce_scatter", "auto", large, "int8:round=stochastic"),
+        ("all_gather", "auto", large, "fp32"),
+        ("all_gather", "int8+ef", None, "int8:round=nearest"),
+        ("all_reduce", "int8+ef", None, None),
+        ("reduce_scatter", "int8+ef", None, None),
+        ("reduce_scatter", "int8+ef@hierarchical", None, "int8:round=nearest+ef"),
+    ):
+        call = partial(ran, op=op, scheme=scheme, policy=policy)
+        found = run_ranks(4, call)
+        assert found == [expected] * 4, (op, scheme)
 
 
 def test_where_ranks_share_hosts_the_table_shows_what_leaves_one() -> None:

@@ -224,6 +224,8 @@ def test_two_real_ranks_make_rows(op: str, tmp_path: Path) -> None:
     assert errors["fp32"] == errors["gloo fp32"]  # bitwise the library's own
     assert 1e-4 < errors["gloo bf16"] < 1e-2  # type: ignore[operator]
     assert 1e-3 < errors["int8+ef"] < 3e-2  # type: ignore[operator]
+    # what is gathered has no feedback, and the row says so
+    assert by["int8+ef"]["chosen"] == ("int8:round=nearest" if op == "all_gather" else None)
     assert by["noop"]["rel_err"] is None
     assert by["gloo fp32"]["ratio"] is None
     assert by["int8+ef"]["ratio_ci_low"] <= by["int8+ef"]["ratio_ci_high"]  # type: ignore[operator]

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from tqdm import trange
 
 from ..emulation import sent_bytes
+from ..transport import TorchTransport
 from .contestants import PAIRS, Buffers, Contestant, Measured, contestants
 from .pairs import Pairs, pairs
 from .rows import Row
@@ -125,7 +126,11 @@ def _measured(bench: Bench) -> Iterator[dict[str, Measured | Pairs]]:
         found[scheme] = (
             Pairs(scheme)
             if bench.op == PAIRS
-            else Measured(scheme, timeout=bench.timeout, seed=bench.seed, device=bench.device)
+            else Measured(
+                scheme,
+                TorchTransport(timeout=bench.timeout, device=bench.device),
+                seed=bench.seed,
+            )
         )
     try:
         yield found
@@ -259,7 +264,7 @@ def _rows(
                 wire_ratio=must / wire if wire and contestant.checked else None,
                 iters=len(times[i]),
                 threads=torch.get_num_threads(),
-                chosen=contestant.chosen,
+                chosen=contestant.chosen(),
             )
         )
     return found

@@ -52,7 +52,8 @@ class Row:
     `size_bytes` is the fp32 size of the whole tensor, `wire_bytes` what one rank sends,
     `ratio_*` the paired time ratio to the library's own fp32 collective (below 1: faster),
     `host_bytes` what the busiest host's interface sent where ranks share hosts, `wire_efficiency` =
-    wire_bytes (or host_bytes) / line rate / p50. None where a figure does not apply.
+    wire_bytes (or host_bytes) / line rate / p50, `chosen` the scheme that ran where that is not
+    `scheme`. None where a figure does not apply.
     """
 
     op: str
