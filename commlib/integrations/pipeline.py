@@ -50,7 +50,7 @@ from commlib.integrations.pipeline_edges import (
     outgoing,
     own_memory,
 )
-from commlib.integrations.pipeline_hooks import Samples, attach
+from commlib.integrations.pipeline_hooks import Samples
 from commlib.integrations.pipeline_policy import told_policy
 from commlib.integrations.pipeline_wires import Due, decode, sample, with_wire
 from commlib.integrations.ranked import in_world, ranked, unranked
@@ -76,7 +76,8 @@ class Pipeline:
         seed: of the random streams of stochastic codecs.
         timeout: seconds an agreement may take; None: the group's.
 
-    Every rank of the stages' group makes one, at the same place of its program.
+    Every rank of the stages' group makes one, at the same place of its program; stages go
+    through it once it is attached to them.
 
     Raises: ValueError: stages of other devices or groups. RuntimeError: ranks disagree.
     """
@@ -119,8 +120,6 @@ class Pipeline:
         self._begun: set[str] = set()
         self._history = 0  # a digest of all samples so far
         self.confirm(facts)
-        for stage in stages:
-            attach(stage, self)
 
     def confirm(self, facts: dict[str, Any]) -> None:
         """All ranks come with the same facts. RuntimeError says who does not, and in what."""

@@ -193,6 +193,28 @@ def wrapping_stages() -> None:
     assert train(schedule, 2).equals(reference)
 
 
+def a_refusal_leaves_it_wrapped() -> None:
+    """What a schedule has, its stages alone do not get: they keep what they had."""
+    told = {"sample_ids": list(range(BATCH))}
+    schedule = commlib.wrap(build("1F1B"), "int4+delta", timeout=20.0)
+    pipe = commlib.of(schedule)
+    train(schedule, 1, **told)
+    for policy in (None, "int2+delta"):
+        text = error_of(
+            lambda p=policy: commlib.wrap(schedule._stage, p, timeout=9.0),  # type: ignore[misc]
+            ValueError,
+        )
+        has(text, ["wrap the schedule"])
+        assert commlib.of(schedule) is pipe
+        assert pipe.transport.timeout == 20.0
+    with counting() as count:
+        train(schedule, 1, **told)
+    assert not dist.get_rank() or {dtype for dtype, _ in count.messages} == {torch.uint8}
+    plain = build("1F1B")
+    has(error_of(lambda: commlib.wrap(plain._stage, "int4+delta"), ValueError), ["the schedule"])
+    has(error_of(lambda: commlib.of(plain), ValueError), ["not wrapped"])
+
+
 def two_pipelines_in_one_group() -> None:
     """Alternately, with schemes and memories of their own."""
     told = {"sample_ids": lambda step: list(range(BATCH))}
@@ -284,6 +306,7 @@ def nothing_holds_the_group() -> None:
         (wrapped_again, 2),
         (without_loss, 2),
         (wrapping_stages, 2),
+        (a_refusal_leaves_it_wrapped, 2),
         (two_pipelines_in_one_group, 2),
         (memory_stays, 2),
         (the_table, 2),
