@@ -3,8 +3,8 @@
 Both ends make one, of the same arguments, and tell it the same of every step: so both know the size
 of a message before it is sent, and what they remember stays bitwise equal.
 
-    sender     begin(step)   encode(x, wire)          per micro-batch
-    receiver   begin(step)   decode(wire, out)
+    sender     begin(step)   encode(x, wire)     per micro-batch     end()
+    receiver   begin(step)   decode(wire, out)                       end()
 
     wire       | payload: codes, scales, first visits raw | stamp, 16 bytes |
 
@@ -315,13 +315,13 @@ class Boundary:
         """
         self._number = 0
         self._batches.clear()
-        self._end()
+        self.end()
         self._compressor.reset()
         if self._references is not None:
             self._references.reset()
 
-    def _end(self) -> None:
-        """No step: what `begin` was told is over."""
+    def end(self) -> None:
+        """No step: what `begin` was told is over, and a mode that needs it takes no message."""
         self._visits, self._layouts, self._whole_fresh = (), (), None
 
     def state_dict(self) -> dict[str, Any]:
@@ -359,7 +359,7 @@ class Boundary:
         }
         self._compressor.load_state_dict(state["compressor"])
         self._number = state["number"]
-        self._end()
+        self.end()
         if self.checksum() != state["checksum"]:
             self.reset()
             raise RuntimeError(

@@ -220,8 +220,6 @@ class Pipeline:
             raise RuntimeError(f"this pipeline takes no more steps. {self.aborted}")
         self._number += 1
         what = f"step {self._number} of the pipeline"
-        self._samples, self._fresh = None, None
-        self._begun.clear()
         self._steady, self._trained = self._trained and training, training
         if (exact := is_exact()) != self._exact:  # what travels is another thing: compare it again
             self._exact, self._unknown = exact, True
@@ -244,6 +242,7 @@ class Pipeline:
         finally:
             self._stepping = False
             self._sent.clear()
+            self._end()
 
     def _agree(
         self, what: str, microbatches: int, sample_ids: Samples | None, is_fresh: bool | None
@@ -274,10 +273,11 @@ class Pipeline:
                 raise wrong
             finally:
                 wrong = None  # its traceback would hold itself, and with it the stages' group
-        self._history, self._samples, self._fresh = history, ids, is_fresh
+        self._history = history
         if self._loaded:
             self._loaded = False
             self.verify()
+        self._samples, self._fresh = ids, is_fresh
 
     def _begin(self, boundary: Boundary) -> None:
         """Tell a boundary of the step, once."""
@@ -285,6 +285,13 @@ class Pipeline:
             return
         self._begun.add(boundary.key)
         boundary.begin(self._samples, self._fresh)
+
+    def _end(self) -> None:
+        """A message outside of a step is of no sample that is known, and refused."""
+        self._samples, self._fresh = None, None
+        self._begun.clear()
+        for boundary in self._boundaries.values():
+            boundary.end()
 
     def _failed(self, what: str, error: Exception) -> bool:
         """Tell the other ranks, and abort. Whether the error is a user's own, which stays as it is.
