@@ -308,6 +308,10 @@ class Boundary:
         batches = sum(batch.nbytes for batch in self._batches.values())
         return stored + batches + self._compressor.nbytes()
 
+    def rescale(self, factor: float) -> None:
+        """Multiply the residuals of `+lep`, which are in the units of the gradient, by `factor`."""
+        self._compressor.rescale(factor)
+
     def reset(self) -> None:
         """Forget references and residuals, and count messages anew; both ends together.
 
@@ -374,6 +378,19 @@ def _clean(x: torch.Tensor) -> bool:
     On CPU a sum takes a hundredth of isfinite()'s time; on a device the host would wait for it.
     """
     return x.device.type == "cpu" and math.isfinite(float(x.sum(dtype=torch.float32)))
+
+
+def rescaled(state: dict[str, Any], factor: float) -> dict[str, Any]:
+    """The `state_dict()` of a boundary that was rescaled by `factor` before."""
+    memory: dict[str, Any] = state["compressor"]
+    scales = {name: x.view(torch.bfloat16) * factor for name, x in memory["scales"].items()}
+    memory = memory | {
+        "residuals": {
+            name: x if name in scales else x * factor for name, x in memory["residuals"].items()
+        },
+        "scales": {name: x.view(memory["scales"][name].dtype) for name, x in scales.items()},
+    }
+    return state | {"compressor": memory}
 
 
 def told(scheme: Scheme) -> Scheme:

@@ -37,7 +37,6 @@ from commlib.integrations.pipeline_checks import (
     check_fresh,
     check_shape,
     compare_ends,
-    compare_sums,
     root_of,
     samples_of,
 )
@@ -51,9 +50,8 @@ from commlib.integrations.pipeline_edges import (
     own_memory,
 )
 from commlib.integrations.pipeline_hooks import Samples
-from commlib.integrations.pipeline_policy import told_policy
+from commlib.integrations.pipeline_memory import Memory
 from commlib.integrations.pipeline_wires import Due, decode, sample, with_wire
-from commlib.integrations.ranked import in_world, ranked, unranked
 from commlib.modes import Delta, Reuse
 from commlib.plans import is_exact, why_raw
 from commlib.policy import Policy, Scheme, TensorInfo
@@ -66,7 +64,7 @@ START_AGAIN = (
 )
 
 
-class Pipeline:
+class Pipeline(Memory):
     """What commlib knows of a pipeline on this rank; `commlib.of(schedule)`.
 
     Args:
@@ -146,64 +144,9 @@ class Pipeline:
         """A table of what this rank sent: raw and wire bytes, seconds of coding, sampled error."""
         return self.meter.table()
 
-    def memory_bytes(self) -> int:
-        """Bytes of references and residuals on this rank."""
-        return sum(boundary.memory_bytes() for boundary in self._boundaries.values())
-
-    def reset(self) -> None:
-        """Forget references and residuals; on all ranks, between steps."""
-        self._saved, self._history, self._loaded = {}, 0, False
-        for boundary in self._boundaries.values():
-            boundary.reset()
-
     def set_timeout(self, seconds: float) -> None:
         """How long an agreement may take from now on."""
         self.transport.timeout = self._agreement.timeout = seconds
-
-    def verify(self) -> None:
-        """Compare the references at both ends of every boundary; all ranks call it.
-
-        Raises: RuntimeError, on all ranks, naming the boundaries that differ.
-        """
-        mine = {key: boundary.checksum() for key, boundary in self._boundaries.items()}
-        mine |= {key: saved["checksum"] for key, saved in self._saved.items()}
-        compare_sums(self._agreement.gather("verify", mine))
-
-    def state_dict(self) -> dict[str, Any]:
-        """References, residuals and counters of this rank: tensors, numbers and strings.
-
-        One file per rank, or this object itself for torch.distributed.checkpoint. A run resumed on
-        all ranks is bitwise the uninterrupted one.
-        """
-        if self.aborted:
-            raise RuntimeError(f"a message of this pipeline did not arrive. {self.aborted}")
-        rank, size = self.transport.rank, self.transport.size
-        state: dict[str, Any] = {"rank": rank, "world_size": size, "history": self._history}
-        state["policy"] = str(told_policy(self.policy))
-        state["boundaries"] = {key: b.state_dict() for key, b in self._boundaries.items()}
-        state["boundaries"] |= self._saved
-        return ranked(state, *in_world(rank, size))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()` of the same rank, on all ranks.
-
-        Raises: ValueError: of another rank or policy. RuntimeError: it has changed since.
-        """
-        state = unranked(state, "boundaries", "policy", "history")
-        here = (self.transport.rank, self.transport.size, str(told_policy(self.policy)))
-        there = (state["rank"], state["world_size"], state["policy"])
-        if here != there:
-            raise ValueError(
-                f"this is rank {here[0]} of {here[1]} under {here[2]!r}, the state is of rank "
-                f"{there[0]} of {there[1]} under {there[2]!r}; load it where it was saved, or "
-                "start without it on all ranks"
-            )
-        self._saved = dict(state["boundaries"])
-        for key, boundary in self._boundaries.items():
-            boundary.reset()
-            if key in self._saved:
-                boundary.load_state_dict(self._saved.pop(key))
-        self._history, self._loaded = state["history"], True
 
     # A step.
 
