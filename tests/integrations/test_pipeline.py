@@ -270,6 +270,10 @@ def the_table() -> None:
     assert scheme in text
 
 
+def broken(*_: Any, **__: Any) -> None:
+    raise RuntimeError("no such batch")
+
+
 def nothing_holds_the_group() -> None:
     """Without the schedule nothing is left of it, and no garbage collection is needed."""
     group = dist.new_group([0, 1])
@@ -289,8 +293,11 @@ def nothing_holds_the_group() -> None:
         alive = [weakref.ref(schedule._stage)]
         has(error_of(partial(call, schedule, sample_ids=[1, 1])), ["2 sample_ids"])
         failing = partial(call, schedule, sample_ids=list(range(BATCH)))
-        with torch.no_grad():  # fails in the step
-            has(error_of(failing), ["step() requires gradients", "is aborted"])
+        with torch.no_grad():  # before the step
+            has(error_of(failing, RuntimeError), ["step() requires gradients"])
+        assert not commlib.of(schedule).aborted
+        schedule._step_microbatches = broken  # in the step
+        has(error_of(failing), ["no such batch", "is aborted"])
         del schedule, failing
         assert alive[0]() is None
     finally:
