@@ -147,6 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if args.command == "bench" and args.op != "codecs" and args.min > args.max:
         top.error(f"--min {args.min} is larger than --max {args.max} (bytes)")
+    if args.command == "bench" and args.op != "codecs" and (args.min < 1 or args.factor < 2):
+        top.error(f"--min {args.min} --factor {args.factor}: --min is at least 1, --factor 2")
     if args.command == "bench" and args.op != "codecs" and (args.hosts or 0) > args.ranks:
         top.error(f"--hosts {args.hosts} is more than --ranks {args.ranks}: every host runs a rank")
     if args.command == "bench" and args.op == PAIRS:

@@ -81,6 +81,8 @@ def test_help_needs_no_torch() -> None:
         (("bench", "all_reduce", "--ranks", "0"), "at least 1"),
         (("bench", "all_reduce", "--ranks", "2", "--hosts", "3"), "--hosts 3 is more than --ranks"),
         (("bench", "all_reduce", "--min", "2MiB", "--max", "1MiB"), "larger than --max"),
+        (("bench", "all_reduce", "--min", "0"), "--min is at least 1"),
+        (("bench", "all_reduce", "--factor", "1"), "--factor 2"),
         (("bench", "send_recv", "--schemes", "int8,int4+ef"), "int4+ef: messages have no memory"),
         (("bench", "send_recv", "--ranks", "1"), "pairs of ranks, at least 2"),
         (("bench", "allreduce"), "all_reduce"),
