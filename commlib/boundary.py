@@ -3,8 +3,8 @@
 Both ends make one, of the same arguments, and tell it the same of every step: so both know the size
 of a message before it is sent, and what they remember stays bitwise equal.
 
-    sender     begin(step)   encode(x, wire)          per micro-batch
-    receiver   begin(step)   decode(wire, out)
+    sender     begin(step)   encode(x, wire)     per micro-batch     end()
+    receiver   begin(step)   decode(wire, out)                       end()
 
     wire       | payload: codes, scales, first visits raw | stamp, 16 bytes |
 
@@ -325,6 +325,10 @@ class Boundary:
         batches = sum(batch.nbytes for batch in self._batches.values())
         return stored + batches + self._compressor.nbytes()
 
+    def rescale(self, factor: float) -> None:
+        """Multiply the residuals of `+lep`, which are in the units of the gradient, by `factor`."""
+        self._compressor.rescale(factor)
+
     def reset(self) -> None:
         """Forget references and residuals, and count messages anew; both ends together.
 
@@ -332,13 +336,13 @@ class Boundary:
         """
         self._number = 0
         self._batches.clear()
-        self._end()
+        self.end()
         self._compressor.reset()
         if self._references is not None:
             self._references.reset()
 
-    def _end(self) -> None:
-        """No step: what `begin` was told is over."""
+    def end(self) -> None:
+        """No step: what `begin` was told is over, and a mode that needs it takes no message."""
         self._visits, self._layouts, self._whole_fresh = (), (), None
 
     def state_dict(self) -> dict[str, Any]:
@@ -376,7 +380,7 @@ class Boundary:
         }
         self._compressor.load_state_dict(state["compressor"])
         self._number = state["number"]
-        self._end()
+        self.end()
         if self.checksum() != state["checksum"]:
             self.reset()
             raise RuntimeError(
@@ -391,6 +395,19 @@ def _clean(x: torch.Tensor) -> bool:
     On CPU a sum takes a hundredth of isfinite()'s time; on a device the host would wait for it.
     """
     return x.device.type == "cpu" and math.isfinite(float(x.sum(dtype=torch.float32)))
+
+
+def rescaled(state: dict[str, Any], factor: float) -> dict[str, Any]:
+    """The `state_dict()` of a boundary that was rescaled by `factor` before."""
+    memory: dict[str, Any] = state["compressor"]
+    scales = {name: x.view(torch.bfloat16) * factor for name, x in memory["scales"].items()}
+    memory = memory | {
+        "residuals": {
+            name: x if name in scales else x * factor for name, x in memory["residuals"].items()
+        },
+        "scales": {name: x.view(memory["scales"][name].dtype) for name, x in scales.items()},
+    }
+    return state | {"compressor": memory}
 
 
 def told(scheme: Scheme) -> Scheme:

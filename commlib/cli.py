@@ -44,10 +44,12 @@ emulated host where --rate is given, or several on each of --hosts.
   algbw        size / time; busbw = algbw x what fp32 must send / size; GB/s = 1e9 bytes/s
   rel err      |result - exact| / |exact| of the first message (fp64, sampled over all ranks)
   speed-up     p50 of the library's fp32 collective / p50
-  time ratio   median of the ratios to the library's fp32 in the same round, 95% interval
+  time ratio   median of the ratios to the library's fp32 in the same round, 95% interval where
+               there are 6 rounds or more
   wire eff     bytes sent / line rate / p50
   host sent    where ranks share hosts: bytes that leave the busiest one, headers and all, as its
-               interface counts them; then these are what `wire eff` is of
+               interface counts them (gloo, on one known interface); then only these are what
+               `wire eff` is of
 
 examples:
   commlib bench all_reduce --schemes fp32,bf16,int8+ef,int4+ef --min 64KiB --max 64MiB \\
@@ -145,6 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if args.command == "bench" and args.op != "codecs" and args.min > args.max:
         top.error(f"--min {args.min} is larger than --max {args.max} (bytes)")
+    if args.command == "bench" and args.op != "codecs" and (args.min < 1 or args.factor < 2):
+        top.error(f"--min {args.min} --factor {args.factor}: --min is at least 1, --factor 2")
     if args.command == "bench" and args.op != "codecs" and (args.hosts or 0) > args.ranks:
         top.error(f"--hosts {args.hosts} is more than --ranks {args.ranks}: every host runs a rank")
     if args.command == "bench" and args.op == PAIRS:

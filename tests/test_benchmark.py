@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from commlib.benchmark import line
 from commlib.benchmark.codecs import CodecBench
 from commlib.benchmark.codecs import run as run_codecs
-from commlib.benchmark.collectives import Bench, _interface, sizes_between
-from commlib.benchmark.contestants import COLLECTIVES, OPS, PAIRS, Buffers
+from commlib.benchmark.collectives import Bench, _rows, sizes_between
+from commlib.benchmark.contestants import (
+    COLLECTIVES,
+    OPS,
+    PAIRS,
+    Buffers,
+    Contestant,
+    Measured,
+)
+from commlib.benchmark.line import Line
 from commlib.benchmark.rows import CodecRow, Row, codec_table, origin, table, write_jsonl
 from commlib.benchmark.timing import (
     MAX_ROUNDS,
@@ -25,6 +38,10 @@ from commlib.benchmark.timing import (
     rounds_within,
 )
 from commlib.benchmark.units import format_rate, format_size, parse_size
+from commlib.doctor import interfaces
+from commlib.policy import Policy, Rule, Scheme
+from commlib.threads import ThreadTransport, run_ranks
+from tests.processes import Pool
 
 SCHEMA = {
     "op", "scheme", "backend", "ranks", "size_bytes", "wire_bytes", "ms_p50", "ms_p80",
@@ -83,10 +100,17 @@ def test_median_interval_is_the_sign_test() -> None:
     assert (twenty.low, twenty.high) == (6.0, 15.0)
 
 
+def test_below_six_rounds_there_is_no_interval() -> None:
+    for n in range(1, MIN_ROUNDS):
+        assert median_interval([2.0] * n) == (2.0, None, None)
+    assert "0.500 [-]" in table([row(ratio=0.5)])
+
+
 def test_median_interval_holds_the_median_as_often_as_it_says() -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(2000, 15, generator=generator).exp()  # skewed; its median is 1
-    hits = sum(i.low <= 1.0 <= i.high for i in map(median_interval, values.tolist()))
+    found = map(median_interval, values.tolist())
+    hits = sum(i.low <= 1.0 <= i.high for i in found if i.low is not None and i.high is not None)
     assert 0.95 <= hits / 2000 <= 0.985  # exact coverage at n = 15 is 96.5%
 
 
@@ -201,6 +225,36 @@ def test_a_table_shows_what_applies_and_a_dash_where_nothing_does() -> None:
     assert "64KiB" in text
 
 
+def test_a_row_names_the_scheme_that_ran() -> None:
+    """Under a rule that compresses large tensors: a collective is planned by what this rank has."""
+    large = Policy((Rule(Scheme.parse("int8"), min_numel=1 << 12), Rule(Scheme.parse("fp32"))))
+
+    def ran(transport: ThreadTransport, op: str, scheme: str, policy: Policy | None) -> str | None:
+        one = Measured("fp32" if policy else scheme, transport, seed=0)
+        if policy is not None:
+            one.communicator.take_policy(policy)
+        buffers = Buffers(op, 32 << 10, transport.rank, 4, seed=0)  # 8192 elements, 2048 a part
+        contestant = one.contestant(scheme, buffers)
+        contestant.run()
+        one.close()
+        sent, must = contestant.sent(), buffers.must_send()
+        assert sent == must if contestant.chosen() == "fp32" else sent < must
+        return contestant.chosen()
+
+    for op, scheme, policy, expected in (
+        ("all_reduce", "auto", large, "int8:round=stochastic"),
+        ("reduce_scatter", "auto", large, "int8:round=stochastic"),
+        ("all_gather", "auto", large, "fp32"),
+        ("all_gather", "int8+ef", None, "int8:round=nearest"),
+        ("all_reduce", "int8+ef", None, None),
+        ("reduce_scatter", "int8+ef", None, None),
+        ("reduce_scatter", "int8+ef@hierarchical", None, "int8:round=nearest+ef"),
+    ):
+        call = partial(ran, op=op, scheme=scheme, policy=policy)
+        found = run_ranks(4, call)
+        assert found == [expected] * 4, (op, scheme)
+
+
 def test_where_ranks_share_hosts_the_table_shows_what_leaves_one() -> None:
     assert "host sent" not in table([row()])
     text = table([row(host_bytes=2 << 20), row()])
@@ -208,15 +262,50 @@ def test_where_ranks_share_hosts_the_table_shows_what_leaves_one() -> None:
     assert "2MiB" in text
 
 
-def test_only_ranks_that_share_a_host_count_its_interface(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    for ranks, expected in (("1", None), ("2", "eth7"), ("4", None)):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-        assert _interface() == expected
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    assert _interface() is None
+def test_the_interface_is_the_one_that_gloo_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    for found, expected in (("eth7", "eth7"), ("lo", None), (None, None)):
+        monkeypatch.setattr(interfaces, "gloo", lambda name=found: (name, "of the host's name"))
+        assert line.interface("cpu") == expected
+        assert line.interface("cuda") is None  # NCCL's bytes pass another one
+    monkeypatch.setattr(interfaces, "gloo", lambda: ("eth7", "named"))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7,eth8")
+    assert line.interface("cpu") is None  # gloo takes both in turns
+
+
+def lines(hosts: str) -> list[Line]:
+    """By ranks on the `hosts`: with an interface on all, with none on the last rank, on CUDA."""
+    rank = dist.get_rank()
+    with patch.dict(os.environ, NCCL_HOSTID=hosts[rank]):
+        del os.environ["GLOO_SOCKET_IFNAME"]
+        with patch.object(interfaces, "gloo", lambda: ("eth7", "")):
+            known, cuda = line.of_job("cpu"), line.of_job("cuda")
+        with patch.object(interfaces, "gloo", lambda: ("lo" if rank == 2 else "eth7", "")):
+            return [known, line.of_job("cpu"), cuda]
+
+
+@pytest.mark.processes
+def test_only_ranks_that_share_hosts_count_an_interface(pool: Pool) -> None:
+    shared, unknown = Line(2, True, "eth7"), Line(2, True, None)
+    assert pool.run(lines, "aab", ranks=3) == [[shared, unknown, unknown]] * 3
+    assert pool.run(lines, "abc", ranks=3) == [[Line(3)] * 3] * 3
+    assert pool.run(lines, "aaa", ranks=3) == [[Line(1)] * 3] * 3
+    assert unknown.sent() == 0
+
+
+@pytest.mark.parametrize(
+    ("where", "left", "efficiency"),
+    [(Line(2), None, 0.5), (Line(1, True), None, None), (Line(2, True, "eth7"), 1000, 0.8)],
+)
+def test_wire_efficiency_is_of_what_leaves_a_host(
+    where: Line, left: int | None, efficiency: float | None
+) -> None:
+    bench = Bench("all_reduce", (), (2500,), rate=1e6)
+    buffers = Buffers("all_reduce", 2500, 0, 2, seed=0)
+    ran = Contestant("gloo fp32", "gloo", lambda: None, lambda: 0)
+    (found,) = _rows(bench, where, buffers, [ran], [[0.01]], [None], [625.0], [left])
+    assert found.wire_efficiency == efficiency
+    assert (found.rate, found.hosts, found.host_bytes) == (1e6, where.hosts, left)
 
 
 def test_json_never_holds_a_nan(tmp_path: Path) -> None:

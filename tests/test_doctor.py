@@ -47,6 +47,22 @@ def test_a_fault_makes_the_exit_code_one(
     assert "FAULT  torch: 2.0\n       -> pip install" in capsys.readouterr().out
 
 
+def test_under_json_other_ranks_say_on_stderr_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> Iterator[Finding]:
+        yield fault("torch", "2.0", "upgrade")
+        yield ok("python", "3.11")
+
+    monkeypatch.setattr(doctor, "CHECKS", (broken,))
+    for rank, expected in (("0", ""), ("1", "rank 1: FAULT  torch: 2.0\n       -> upgrade\n")):
+        monkeypatch.setenv("RANK", rank)
+        assert doctor.run(probe=False, as_json=True) == 1
+        out, err = capsys.readouterr()
+        assert err == expected
+        assert bool(out) == (rank == "0")
+
+
 def test_warnings_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     def grumbling() -> Iterator[Finding]:
         yield warn("gloo interface", "lo", "export GLOO_SOCKET_IFNAME=eth0")

@@ -85,6 +85,20 @@ def test_bad_arguments_are_refused() -> None:
         emulation.Network(1).command(0, ["true"])
 
 
+def test_a_command_that_hangs_leaves_no_holder(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, closed = emulation.Network(1), []
+
+    def wire() -> None:
+        raise subprocess.TimeoutExpired("ip", 30)
+
+    monkeypatch.setattr(network, "_hold", lambda user: None)
+    monkeypatch.setattr(network, "_wire", wire)
+    monkeypatch.setattr(network, "close", lambda: closed.append(True))
+    with pytest.raises(RuntimeError, match=r"cannot emulate hosts here: .*'ip' timed out"):
+        network.__enter__()
+    assert closed
+
+
 # Rank 0 counts what arrives; the others send for a while. A sender's socket buffer delays the end
 # by its size, so the receiver's clock (first to last byte) is the one to divide by.
 TRAFFIC = """

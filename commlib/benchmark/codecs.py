@@ -210,7 +210,7 @@ def _codec_rows(
     for name, seconds in times.items():
         # a rate's ratio is the time's ratio upside down
         slower = paired_ratio(seconds, times["copy"])
-        of_copy = Ratio(1 / slower.median, 1 / slower.high, 1 / slower.low)
+        of_copy = Ratio(1 / slower.median, _inverse(slower.high), _inverse(slower.low))
         p50 = percentile(seconds, 50)
         bits, nmse, gap = about
         rows.append(
@@ -234,6 +234,10 @@ def _codec_rows(
             )
         )
     return rows
+
+
+def _inverse(bound: float | None) -> float | None:
+    return None if bound is None else 1 / bound
 
 
 @contextmanager

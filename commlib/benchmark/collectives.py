@@ -24,8 +24,9 @@ import torch
 import torch.distributed as dist
 from tqdm import trange
 
-from ..emulation import sent_bytes
+from ..transport import TorchTransport
 from .contestants import PAIRS, Buffers, Contestant, Measured, contestants
+from .line import Line, of_job
 from .pairs import Pairs, pairs
 from .rows import Row
 from .timing import paired_ratio, percentile, rounds_within
@@ -78,6 +79,7 @@ def run(
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     rows: list[Row] = []
+    line = of_job(bench.device)
     with _measured(bench) as measured:
         for size in bench.sizes:
             buffers = Buffers(bench.op, size, rank, world, bench.seed, bench.device)
@@ -85,12 +87,12 @@ def run(
                 *(pairs(buffers) if bench.op == PAIRS else contestants(buffers)),
                 *(one.contestant(scheme, buffers) for scheme, one in measured.items()),
             ]
-            times, errors, left = _measure(bench, buffers, players, progress)
+            times, errors, left = _measure(bench, line, buffers, players, progress)
             sent = _worst([float(c.sent()) for c in players])
             for one in measured.values():
                 one.reset()
             if rank == 0:
-                found = _rows(bench, buffers, players, times, errors, sent, left)
+                found = _rows(bench, line, buffers, players, times, errors, sent, left)
                 rows += found
                 if on_rows is not None:
                     on_rows(found)
@@ -125,7 +127,11 @@ def _measured(bench: Bench) -> Iterator[dict[str, Measured | Pairs]]:
         found[scheme] = (
             Pairs(scheme)
             if bench.op == PAIRS
-            else Measured(scheme, timeout=bench.timeout, seed=bench.seed, device=bench.device)
+            else Measured(
+                scheme,
+                TorchTransport(timeout=bench.timeout, device=bench.device),
+                seed=bench.seed,
+            )
         )
     try:
         yield found
@@ -135,7 +141,7 @@ def _measured(bench: Bench) -> Iterator[dict[str, Measured | Pairs]]:
 
 
 def _measure(
-    bench: Bench, buffers: Buffers, players: list[Contestant], progress: bool
+    bench: Bench, line: Line, buffers: Buffers, players: list[Contestant], progress: bool
 ) -> tuple[list[list[float]], list[float | None], list[int | None]]:
     """Per contestant: seconds of the slowest rank by round; relative error of the first message;
     bytes that the busiest host sent in a round, where ranks share hosts."""
@@ -145,7 +151,7 @@ def _measure(
     for turn in range(WARMUP):
         start = time.perf_counter()
         for i, contestant in enumerate(players):
-            _turn(buffers, contestant)
+            _turn(buffers, contestant, line)
             # of the first: later ones also pay back what error feedback kept from it
             if turn == 0 and contestant.checked:
                 errors[i] = _relative_error(buffers, places, mine)
@@ -158,40 +164,27 @@ def _measure(
         leave=False,
         disable=None if progress else True,  # None: only on a terminal
     )
-    local = [_turn(buffers, c) for _ in bar for c in players]
+    local = [_turn(buffers, c, line) for _ in bar for c in players]
     dist.barrier()
-    counts = [count for _, count in local] + [_left_host()]
+    counts = [count for _, count in local] + [line.sent()]
     flat, n = _worst([seconds for seconds, _ in local]), len(players)
     # from one barrier to the next: when this rank is done, others of its host may still send
     left = _worst([float(b - a) for a, b in pairwise(counts)])
-    shared = _interface() is not None
-    medians = [int(median(left[i::n])) if shared else None for i in range(n)]
+    known = line.interface is not None
+    medians = [int(median(left[i::n])) if known else None for i in range(n)]
     return [flat[i::n] for i in range(n)], errors, medians
 
 
-def _turn(buffers: Buffers, contestant: Contestant) -> tuple[float, int]:
+def _turn(buffers: Buffers, contestant: Contestant, line: Line) -> tuple[float, int]:
     """Seconds of one run, and what had left this host before it."""
     buffers.reset()
     buffers.settle()
     dist.barrier()
-    before = _left_host()
+    before = line.sent()
     start = time.perf_counter()
     contestant.run()
     buffers.settle()
     return time.perf_counter() - start, before
-
-
-def _interface() -> str | None:
-    """The interface that all bytes between hosts pass, where it is known and ranks share it."""
-    here, world = (int(os.environ.get(n, "1")) for n in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
-    name = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
-    return name if 1 < here < world and name != "lo" else None
-
-
-def _left_host() -> int:
-    """Bytes that this host has sent to others, ever; 0 where that is not known."""
-    name = _interface()
-    return 0 if name is None else sent_bytes(name)
 
 
 def _relative_error(buffers: Buffers, places: torch.Tensor, exact: torch.Tensor) -> float:
@@ -218,6 +211,7 @@ def _from_rank_0(value: int) -> int:
 
 def _rows(
     bench: Bench,
+    line: Line,
     buffers: Buffers,
     players: list[Contestant],
     times: list[list[float]],
@@ -233,7 +227,8 @@ def _rows(
         ratio = paired_ratio(times[i], base) if i and contestant.checked else None
         algbw = size / p50 / 1e9 if contestant.checked else None
         wire = int(sent[i])
-        on_line = wire if (shared := left[i]) is None else shared
+        # what one rank sends is not what its host does where others are on it
+        on_line = left[i] if line.shared else wire
         # the bare link's bus bandwidth is what it carried; a collective's what fp32 would have
         busbw = (must if contestant.checked else wire) / p50 / 1e9
         found.append(
@@ -254,12 +249,16 @@ def _rows(
                 ratio=ratio.median if ratio else None,
                 ratio_ci_low=ratio.low if ratio else None,
                 ratio_ci_high=ratio.high if ratio else None,
-                wire_efficiency=on_line * 8 / bench.rate / p50 if bench.rate and wire else None,
+                wire_efficiency=on_line * 8 / bench.rate / p50
+                if bench.rate and wire and on_line is not None
+                else None,
+                rate=bench.rate,
+                hosts=line.hosts,
                 host_bytes=left[i],
                 wire_ratio=must / wire if wire and contestant.checked else None,
                 iters=len(times[i]),
                 threads=torch.get_num_threads(),
-                chosen=contestant.chosen,
+                chosen=contestant.chosen(),
             )
         )
     return found

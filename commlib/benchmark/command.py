@@ -61,8 +61,9 @@ def _start_ranks(args: argparse.Namespace) -> int:
         raise RuntimeError(f"--hosts {args.hosts}: cannot emulate hosts here ({reason})")
     rate = emulation.rate_here(args.rate)
     hosts = args.hosts or (args.ranks if rate else None)
-    link = f"{hosts} emulated hosts, {rate or 'no limit'}" if hosts else "loopback"
-    link = args.link or link
+    link = args.link or (f"{hosts} emulated hosts, {rate or 'no limit'}" if hosts else "loopback")
+    if args.link and args.rate and not rate:  # it is not what the user named
+        link += ", loopback"
     words = ["bench", args.op, "--schemes", ",".join(args.schemes), "--link", link]
     for name in ("min", "max", "factor", "budget", "timeout", "seed"):
         words += [f"--{name}", str(getattr(args, name))]

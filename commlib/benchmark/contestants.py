@@ -21,8 +21,8 @@ import torch.distributed as dist
 from commlib_kernels import backend_for
 
 from ..communicator import Communicator
-from ..policy import Policy, Role, Rule, Scheme, TensorInfo
-from ..transport import TorchTransport
+from ..policy import Policy, Role, Rule, Scheme
+from ..traffic import Transport
 
 COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather")
 PAIRS = "send_recv"  # 0 to 1, 2 to 3, ...; see pairs.py
@@ -39,7 +39,7 @@ class Contestant:
     run: Callable[[], object]
     sent: Callable[[], int]  # bytes this rank sent in the last run
     checked: bool = True  # whether the buffers hold the collective's result afterwards
-    chosen: str | None = None
+    chosen: Callable[[], str | None] = lambda: None  # the scheme of the last run, if not `scheme`
 
 
 class Buffers:
@@ -134,8 +134,8 @@ def _at(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 class Measured:
     """A communicator with the transport whose bytes it moves."""
 
-    def __init__(self, scheme: str, *, timeout: float, seed: int, device: str = "cpu") -> None:
-        self.transport = TorchTransport(timeout=timeout, device=device)
+    def __init__(self, scheme: str, transport: Transport, *, seed: int) -> None:
+        self.transport = transport
         # one rule for everything: Policy.parse would leave flat and tiny tensors alone
         policy = "auto" if scheme == "auto" else Policy((Rule(Scheme.parse(scheme)),))
         self.communicator = Communicator(self.transport, policy, seed=seed)
@@ -165,15 +165,20 @@ class Measured:
             "reduce_scatter": lambda: comm.reduce_scatter(out, x, key).wait(),
             "all_gather": lambda: comm.all_gather(out, x, key, role=role).wait(),
         }[buffers.op]
-        shape = tuple(x.shape) if buffers.op == "all_reduce" else None
-        info = TensorInfo(key, buffers.numel, torch.float32, role, ndim=2, shape=shape)
-        chosen = str(comm.policy.choose(info))
+        named = scheme if scheme == "auto" else str(Scheme.parse(scheme).resolve(role))
+
+        def chosen() -> str | None:
+            # from the meter: a collective knows less than a policy, which chooses for any
+            rows = comm.meter.rows()
+            ran = next((r["scheme"] for r in reversed(rows) if r["key"] == key), None)
+            return None if ran == named else ran
+
         return Contestant(
             scheme,
             backend_for(x.device).name,
             self.timed(call),
             lambda: self.last,
-            chosen=chosen if scheme == "auto" or chosen == "fp32" != scheme else None,
+            chosen=chosen,
         )
 
 

@@ -75,7 +75,7 @@ class Pairs:
             backend_for(buffers.input.device).name,
             one_way(buffers, send, recv),
             lambda: last,
-            chosen=resolved if scheme == "auto" else None,
+            chosen=lambda: resolved if scheme == "auto" else None,
         )
 
     def reset(self) -> None:

@@ -52,7 +52,9 @@ class Row:
     `size_bytes` is the fp32 size of the whole tensor, `wire_bytes` what one rank sends,
     `ratio_*` the paired time ratio to the library's own fp32 collective (below 1: faster),
     `host_bytes` what the busiest host's interface sent where ranks share hosts, `wire_efficiency` =
-    wire_bytes (or host_bytes) / line rate / p50. None where a figure does not apply.
+    wire_bytes (where ranks share hosts, host_bytes) / line rate / p50, `rate` that line's bit/s,
+    `hosts` how many the ranks run on, `chosen` the scheme that ran where that is not
+    `scheme`. None where a figure does not apply.
     """
 
     op: str
@@ -74,6 +76,8 @@ class Row:
     wire_efficiency: float | None = None
     wire_ratio: float | None = None
     host_bytes: int | None = None
+    rate: float | None = None
+    hosts: int | None = None
     iters: int = 0
     threads: int = 1
     chosen: str | None = None
@@ -99,8 +103,8 @@ class CodecRow:
     ms_p80: float
     input_GBps: float
     of_copy: float
-    of_copy_ci_low: float
-    of_copy_ci_high: float
+    of_copy_ci_low: float | None
+    of_copy_ci_high: float | None
     bits: float | None = None
     nmse: float | None = None
     rd_gap: float | None = None
@@ -180,7 +184,7 @@ def _short(scheme: str) -> str:
 
 
 def _interval(row: Row) -> str:
-    if row.ratio is None or row.ratio_ci_low is None or row.ratio_ci_high is None:
+    if row.ratio is None:
         return "-"
     return str(Ratio(row.ratio, row.ratio_ci_low, row.ratio_ci_high))
 

@@ -15,13 +15,18 @@ MIN_ROUNDS, MAX_ROUNDS = 6, 200  # 6: the fewest that give a 95% interval of a m
 
 
 class Ratio(NamedTuple):
-    """A median of paired ratios and the interval that holds it with 95% confidence."""
+    """A median of paired ratios and the interval that holds it with 95% confidence.
+
+    None: of too few rounds (MIN_ROUNDS) for one.
+    """
 
     median: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
     def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return f"{self.median:.3f} [-]"
         return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
@@ -41,20 +46,21 @@ def median_interval(values: Sequence[float]) -> Ratio:
 
     The interval is [x_(k), x_(n+1-k)] with the largest k for which
     P(Binomial(n, 1/2) < k) <= 2.5%. It assumes nothing of how the noise is distributed, which
-    matters on a shared machine where it has a heavy tail. Below 6 values no such k exists: the
-    whole range is returned, which covers the median with 1 - 2^(1-n) only.
+    matters on a shared machine where it has a heavy tail. Below 6 values no such k exists: even
+    the whole range covers the median with 1 - 2^(1-n) only, and there is no interval.
     """
     ordered = sorted(values)
     n = len(ordered)
     if n == 0:
         raise ValueError("interval of no values")
+    if n < MIN_ROUNDS:
+        return Ratio(percentile(ordered, 50), None, None)
     k, tail = 0, 0.0
     while k < (n - 1) // 2:
         tail += math.comb(n, k) * 0.5**n
         if tail > 0.025:
             break
         k += 1
-    k = max(k, 1)
     return Ratio(percentile(ordered, 50), ordered[k - 1], ordered[n - k])
 
 

@@ -106,7 +106,7 @@ class Mail:
         self._sent: dict[tuple[int, int | None], int] = {}  # messages by (peer, stream)
         self._received: dict[tuple[int, int | None], int] = {}
         self._unordered: set[int] = set()  # tags that are also received from any source
-        self._kept: set[Sending | Receiving] = set()
+        self._kept: set[_Message] = set()
         self._many = 16  # messages kept before those that are done are looked for
 
     def check(self, verb: str, x: torch.Tensor, peer: int | None, compressor: Compressor) -> Cut:
@@ -173,17 +173,20 @@ class Mail:
             return 0
         return tag if tag < NUMBERED else None
 
-    def let_go(self, work: Sending | Receiving) -> None:
+    def let_go(self, work: _Message) -> None:
         """A message is done."""
         self._kept.discard(work)  # without the lock: who sends may wait for this message's
 
     def _settle(self) -> None:
-        """Let go of sends that nobody waited for, where the library tells that they are done."""
+        """Let go of what nobody waits for: sends, where the library tells that they are done, and
+        messages that failed while other slices of theirs were under way."""
         if len(self._kept) < self._many:
             return
         for work in list(self._kept):
             if isinstance(work, Sending):
                 work.is_completed()
+            if work.spent():
+                self.let_go(work)
         self._many = 16 + 2 * len(self._kept)
 
 
@@ -282,6 +285,12 @@ class _Message:
     def _fail(self, error: RuntimeError) -> None:
         self._error = RuntimeError(self._failure(error))
         self._error.__cause__ = error
+        if self.spent():
+            self._mail.let_go(self)
+
+    def spent(self) -> bool:
+        """Whether it has failed, and no slice after that which failed is under way."""
+        return self._error is not None and all(p.done() for p in self._pending[self._done + 1 :])
 
     def _failure(self, error: BaseException) -> str:
         mine, peer = self._mail.transport.rank, self._peer

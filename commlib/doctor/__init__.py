@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
@@ -39,30 +40,34 @@ def examine() -> Iterator[Finding]:
 
 
 def run(*, probe: bool = True, as_json: bool = False) -> int:
-    """Print the report; 1 if anything is a FAULT, else 0. Rank 0 alone prints what is well."""
+    """Print the report; 1 if anything is a FAULT, else 0. Rank 0 alone prints what is well.
+
+    As JSON it is rank 0's; what is not well on others goes to stderr.
+    """
     rank = os.environ.get("RANK")
-    quiet = as_json or rank not in (None, "0")
+    first = rank in (None, "0")
     findings: list[Finding] = []
 
     def tell(finding: Finding) -> None:
         findings.append(finding)
-        if not quiet:
+        if first and not as_json:
             print(finding, flush=True)
-        elif not as_json and finding.status is not Status.OK:
-            print(f"rank {rank}: {finding}", flush=True)
+        elif not first and finding.status is not Status.OK:
+            out = sys.stderr if as_json else sys.stdout
+            print(f"rank {rank}: {finding}", file=out, flush=True)
 
     for finding in examine():
         tell(finding)
     measured = _measured(tell) if probe else None
     broken = any(finding.status is Status.FAULT for finding in findings)
-    if as_json and rank in (None, "0"):
+    if as_json and first:
         report = {
             "findings": [asdict(finding) for finding in findings],
             "probe": asdict(measured) if measured else None,
             "fault": broken,
         }
         print(json.dumps(report, indent=2))
-    elif measured is not None and not quiet:
+    elif measured is not None and first:
         print(f"\nWhere compression pays ({measured.ranks} ranks):\n{measured.breakeven}")
         print(f"\nMeasured here, and what policy='auto' takes:\n{measured.choices}")
     return int(broken)

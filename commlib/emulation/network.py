@@ -90,7 +90,7 @@ class Network:
             try:
                 self._hold(user)
                 self._wire()
-            except (OSError, RuntimeError) as error:
+            except (OSError, RuntimeError, subprocess.SubprocessError) as error:
                 self.close()
                 errors.append(str(error))
             else:

@@ -37,7 +37,6 @@ from commlib.integrations.pipeline_checks import (
     check_fresh,
     check_shape,
     compare_ends,
-    compare_sums,
     root_of,
     samples_of,
 )
@@ -50,10 +49,9 @@ from commlib.integrations.pipeline_edges import (
     outgoing,
     own_memory,
 )
-from commlib.integrations.pipeline_hooks import Samples, attach
-from commlib.integrations.pipeline_policy import told_policy
+from commlib.integrations.pipeline_hooks import Samples
+from commlib.integrations.pipeline_memory import Memory
 from commlib.integrations.pipeline_wires import Due, decode, sample, with_wire
-from commlib.integrations.ranked import in_world, ranked, unranked
 from commlib.modes import Delta, Reuse
 from commlib.plans import is_exact, why_raw
 from commlib.policy import Policy, Scheme, TensorInfo
@@ -66,7 +64,7 @@ START_AGAIN = (
 )
 
 
-class Pipeline:
+class Pipeline(Memory):
     """What commlib knows of a pipeline on this rank; `commlib.of(schedule)`.
 
     Args:
@@ -76,7 +74,8 @@ class Pipeline:
         seed: of the random streams of stochastic codecs.
         timeout: seconds an agreement may take; None: the group's.
 
-    Every rank of the stages' group makes one, at the same place of its program.
+    Every rank of the stages' group makes one, at the same place of its program; stages go
+    through it once it is attached to them.
 
     Raises: ValueError: stages of other devices or groups. RuntimeError: ranks disagree.
     """
@@ -119,8 +118,6 @@ class Pipeline:
         self._begun: set[str] = set()
         self._history = 0  # a digest of all samples so far
         self.confirm(facts)
-        for stage in stages:
-            attach(stage, self)
 
     def confirm(self, facts: dict[str, Any]) -> None:
         """All ranks come with the same facts. RuntimeError says who does not, and in what."""
@@ -147,64 +144,9 @@ class Pipeline:
         """A table of what this rank sent: raw and wire bytes, seconds of coding, sampled error."""
         return self.meter.table()
 
-    def memory_bytes(self) -> int:
-        """Bytes of references and residuals on this rank."""
-        return sum(boundary.memory_bytes() for boundary in self._boundaries.values())
-
-    def reset(self) -> None:
-        """Forget references and residuals; on all ranks, between steps."""
-        self._saved, self._history, self._loaded = {}, 0, False
-        for boundary in self._boundaries.values():
-            boundary.reset()
-
     def set_timeout(self, seconds: float) -> None:
         """How long an agreement may take from now on."""
         self.transport.timeout = self._agreement.timeout = seconds
-
-    def verify(self) -> None:
-        """Compare the references at both ends of every boundary; all ranks call it.
-
-        Raises: RuntimeError, on all ranks, naming the boundaries that differ.
-        """
-        mine = {key: boundary.checksum() for key, boundary in self._boundaries.items()}
-        mine |= {key: saved["checksum"] for key, saved in self._saved.items()}
-        compare_sums(self._agreement.gather("verify", mine))
-
-    def state_dict(self) -> dict[str, Any]:
-        """References, residuals and counters of this rank: tensors, numbers and strings.
-
-        One file per rank, or this object itself for torch.distributed.checkpoint. A run resumed on
-        all ranks is bitwise the uninterrupted one.
-        """
-        if self.aborted:
-            raise RuntimeError(f"a message of this pipeline did not arrive. {self.aborted}")
-        rank, size = self.transport.rank, self.transport.size
-        state: dict[str, Any] = {"rank": rank, "world_size": size, "history": self._history}
-        state["policy"] = str(told_policy(self.policy))
-        state["boundaries"] = {key: b.state_dict() for key, b in self._boundaries.items()}
-        state["boundaries"] |= self._saved
-        return ranked(state, *in_world(rank, size))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()` of the same rank, on all ranks.
-
-        Raises: ValueError: of another rank or policy. RuntimeError: it has changed since.
-        """
-        state = unranked(state, "boundaries", "policy", "history")
-        here = (self.transport.rank, self.transport.size, str(told_policy(self.policy)))
-        there = (state["rank"], state["world_size"], state["policy"])
-        if here != there:
-            raise ValueError(
-                f"this is rank {here[0]} of {here[1]} under {here[2]!r}, the state is of rank "
-                f"{there[0]} of {there[1]} under {there[2]!r}; load it where it was saved, or "
-                "start without it on all ranks"
-            )
-        self._saved = dict(state["boundaries"])
-        for key, boundary in self._boundaries.items():
-            boundary.reset()
-            if key in self._saved:
-                boundary.load_state_dict(self._saved.pop(key))
-        self._history, self._loaded = state["history"], True
 
     # A step.
 
@@ -221,8 +163,6 @@ class Pipeline:
             raise RuntimeError(f"this pipeline takes no more steps. {self.aborted}")
         self._number += 1
         what = f"step {self._number} of the pipeline"
-        self._samples, self._fresh = None, None
-        self._begun.clear()
         self._steady, self._trained = self._trained and training, training
         if (exact := is_exact()) != self._exact:  # what travels is another thing: compare it again
             self._exact, self._unknown = exact, True
@@ -245,6 +185,7 @@ class Pipeline:
         finally:
             self._stepping = False
             self._sent.clear()
+            self._end()
 
     def _agree(
         self, what: str, microbatches: int, sample_ids: Samples | None, is_fresh: bool | None
@@ -275,10 +216,11 @@ class Pipeline:
                 raise wrong
             finally:
                 wrong = None  # its traceback would hold itself, and with it the stages' group
-        self._history, self._samples, self._fresh = history, ids, is_fresh
+        self._history = history
         if self._loaded:
             self._loaded = False
             self.verify()
+        self._samples, self._fresh = ids, is_fresh
 
     def _begin(self, boundary: Boundary) -> None:
         """Tell a boundary of the step, once."""
@@ -286,6 +228,13 @@ class Pipeline:
             return
         self._begun.add(boundary.key)
         boundary.begin(self._samples, self._fresh)
+
+    def _end(self) -> None:
+        """A message outside of a step is of no sample that is known, and refused."""
+        self._samples, self._fresh = None, None
+        self._begun.clear()
+        for boundary in self._boundaries.values():
+            boundary.end()
 
     def _failed(self, what: str, error: Exception) -> bool:
         """Tell the other ranks, and abort. Whether the error is a user's own, which stays as it is.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,9 +43,12 @@ def samples_of(sample_ids: Samples | None, microbatches: int) -> list[list[int]]
             "stage: schedule.step(sample_ids=ids)"
         )
     given: Any = sample_ids  # torch's and NumPy's have tolist()
-    ids = given.tolist() if hasattr(given, "tolist") else list(given)
-    if not all(isinstance(i, int) and not isinstance(i, bool) and -MOST <= i < MOST for i in ids):
-        raise ValueError(f"sample_ids are whole numbers of up to 64 bits, got {ids[:8]}")
+    try:
+        ids = list(map(_id, given.tolist() if hasattr(given, "tolist") else given))
+    except TypeError:  # whoever waits for this rank must hear of it as of other mistakes
+        raise ValueError(
+            f"sample_ids is a sequence of whole numbers of up to 64 bits, got {reprlib.repr(given)}"
+        ) from None
     if len(ids) % microbatches or not ids:
         raise ValueError(f"{len(ids)} sample_ids do not make {microbatches} equal micro-batches")
     if len(set(ids)) != len(ids):
@@ -55,6 +60,14 @@ def samples_of(sample_ids: Samples | None, microbatches: int) -> list[list[int]]
         )
     n = len(ids) // microbatches
     return [ids[start : start + n] for start in range(0, len(ids), n)]
+
+
+def _id(value: Any) -> int:
+    """A sample's id. TypeError where it is none."""
+    number = operator.index(value)
+    if isinstance(value, bool) or not -MOST <= number < MOST:
+        raise TypeError
+    return number
 
 
 def compare_ends(said: Sequence[Any]) -> None:

@@ -116,6 +116,9 @@ def stepping(base: Hashable) -> type[Any]:
             is_fresh: bool | None = None,
             **kwargs: Any,
         ) -> Any:
+            autograd = getattr(self, "_backward_requires_autograd", True)
+            if self._has_backward and autograd and not torch.is_grad_enabled():
+                return super().step(*args, **kwargs)  # refused there, before anything is sent
             steps: Steps = self.commlib_pipeline
             with steps.step(self._n_microbatches, self._has_backward, sample_ids, is_fresh):
                 return super().step(*args, **kwargs)

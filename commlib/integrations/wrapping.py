@@ -11,7 +11,7 @@ from commlib.integrations.ddp import DDPState
 from commlib.integrations.fsdp import FSDPState
 from commlib.integrations.fsdp_refusals import is_fsdp
 from commlib.integrations.pipeline import Pipeline
-from commlib.integrations.pipeline_hooks import attach_schedule, detach
+from commlib.integrations.pipeline_hooks import attach, attach_schedule
 from commlib.integrations.pipeline_policy import PolicyLike, facts_of, parse
 
 Thing = TypeVar("Thing")
@@ -99,10 +99,10 @@ def wrap_pipeline(
         timeout: seconds an agreement may take; None: the group's.
 
     Raises: ValueError: a scheme that activations cannot have (error feedback), a mode that needs
-        the schedule. RuntimeError: ranks disagree.
+        the schedule. RuntimeError: ranks disagree. Then all is as it was.
     """
     stages, schedule = _parts(thing)
-    old = getattr(stages[0], "commlib_ports", None)
+    old: Any = getattr(stages[0], "commlib_ports", None)
     if old is not None and policy is None and backward is None:
         parsed = old.policy
     else:
@@ -116,18 +116,20 @@ def wrap_pipeline(
         old = None
     if old is not None:  # whether it stays or goes, on all ranks alike
         old.confirm(facts)
-    if old is not None and (old.policy, old.seed) == (parsed, seed):
-        pipeline = old
-        if timeout is not None:
-            pipeline.set_timeout(timeout)
-    else:
-        pipeline = Pipeline(stages, parsed, facts, seed=seed, timeout=timeout)
+    stays = old is not None and (old.policy, old.seed) == (parsed, seed)
+    pipeline: Pipeline = (
+        old if stays else Pipeline(stages, parsed, facts, seed=seed, timeout=timeout)
+    )
+    # after the agreement, so that all ranks hear of it, and before anything is replaced
+    if schedule is None and (refusal := _why_not(stages, pipeline)):
+        raise ValueError(refusal)
+    if not stays:
+        for stage in stages:
+            attach(stage, pipeline)
+    elif timeout is not None:
+        pipeline.set_timeout(timeout)
     if schedule is not None:
         attach_schedule(schedule, pipeline)
-    elif refusal := _why_not(stages, pipeline):  # after the agreement: all ranks hear of it
-        for stage in stages:
-            detach(stage)
-        raise ValueError(refusal)
     return thing
 
 

@@ -385,6 +385,28 @@ def test_works_that_nobody_keeps() -> None:
     assert none == 0
 
 
+@pytest.mark.parametrize("n", [4096, 3_000_000])  # one slice, and two
+def test_messages_that_fail_do_not_pile_up(n: int) -> None:
+    def rank(t: ThreadTransport) -> tuple[int, int]:
+        mail, x, failed = Mail(t), torch.ones(n), 0
+        c = Compressor(codec("bf16" if t.rank else "fp16"))
+        for _ in range(40):
+            work: Any = mail.irecv(x, 0, c) if t.rank else mail.isend(x, 1, c)
+            if t.rank:
+                with pytest.raises(RuntimeError, match="scheme digest"):
+                    work.wait(20)
+                failed += 1
+            else:
+                work.wait(20)
+            t.barrier()
+        return failed, mail.outstanding
+
+    (_, sent), (failed, kept) = run_ranks(2, rank)
+    assert failed == 40
+    assert sent == 0
+    assert kept == 0 if n == 4096 else kept < 40
+
+
 def test_what_cannot_be_sent_is_refused_before_it_is() -> None:
     mail, c = Mail(ThreadTransport.world(2)[0]), Compressor(codec("int8"))
     with pytest.raises(ValueError, match=r"recv.*not contiguous"):

@@ -193,6 +193,28 @@ def wrapping_stages() -> None:
     assert train(schedule, 2).equals(reference)
 
 
+def a_refusal_leaves_it_wrapped() -> None:
+    """What a schedule has, its stages alone do not get: they keep what they had."""
+    told = {"sample_ids": list(range(BATCH))}
+    schedule = commlib.wrap(build("1F1B"), "int4+delta", timeout=20.0)
+    pipe = commlib.of(schedule)
+    train(schedule, 1, **told)
+    for policy in (None, "int2+delta"):
+        text = error_of(
+            lambda p=policy: commlib.wrap(schedule._stage, p, timeout=9.0),  # type: ignore[misc]
+            ValueError,
+        )
+        has(text, ["wrap the schedule"])
+        assert commlib.of(schedule) is pipe
+        assert pipe.transport.timeout == 20.0
+    with counting() as count:
+        train(schedule, 1, **told)
+    assert not dist.get_rank() or {dtype for dtype, _ in count.messages} == {torch.uint8}
+    plain = build("1F1B")
+    has(error_of(lambda: commlib.wrap(plain._stage, "int4+delta"), ValueError), ["the schedule"])
+    has(error_of(lambda: commlib.of(plain), ValueError), ["not wrapped"])
+
+
 def two_pipelines_in_one_group() -> None:
     """Alternately, with schemes and memories of their own."""
     told = {"sample_ids": lambda step: list(range(BATCH))}
@@ -248,6 +270,10 @@ def the_table() -> None:
     assert scheme in text
 
 
+def broken(*_: Any, **__: Any) -> None:
+    raise RuntimeError("no such batch")
+
+
 def nothing_holds_the_group() -> None:
     """Without the schedule nothing is left of it, and no garbage collection is needed."""
     group = dist.new_group([0, 1])
@@ -267,8 +293,11 @@ def nothing_holds_the_group() -> None:
         alive = [weakref.ref(schedule._stage)]
         has(error_of(partial(call, schedule, sample_ids=[1, 1])), ["2 sample_ids"])
         failing = partial(call, schedule, sample_ids=list(range(BATCH)))
-        with torch.no_grad():  # fails in the step
-            has(error_of(failing), ["step() requires gradients", "is aborted"])
+        with torch.no_grad():  # before the step
+            has(error_of(failing, RuntimeError), ["step() requires gradients"])
+        assert not commlib.of(schedule).aborted
+        schedule._step_microbatches = broken  # in the step
+        has(error_of(failing), ["no such batch", "is aborted"])
         del schedule, failing
         assert alive[0]() is None
     finally:
@@ -284,6 +313,7 @@ def nothing_holds_the_group() -> None:
         (wrapped_again, 2),
         (without_loss, 2),
         (wrapping_stages, 2),
+        (a_refusal_leaves_it_wrapped, 2),
         (two_pipelines_in_one_group, 2),
         (memory_stays, 2),
         (the_table, 2),

@@ -12,6 +12,7 @@ import time
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -108,6 +109,11 @@ def samples_that_are_wrong() -> None:
         (["stands twice"], [[0] * 2 + good[2:], good]),
         (["31 sample_ids", "8 equal"], [good[:-1]] * 2),
         (["whole numbers"], [[0.5, *good[1:]]] * 2),
+        (["whole numbers", "got 5"], [5, good]),
+        (["whole numbers", "tensor(5)"], [torch.tensor(5), good]),
+        (["whole numbers", "True"], [[True, *good[1:]]] * 2),
+        (["whole numbers"], [torch.arange(BATCH).view(1, -1), good]),
+        (["whole numbers"], [[1 << 63, *good[1:]]] * 2),
         (["disagree", "history"], [good, good[::-1]]),
     ]
     for first in (True, False):
@@ -120,6 +126,7 @@ def samples_that_are_wrong() -> None:
     call(schedule, **DELTA)
     commlib.of(schedule).verify()
     call(schedule, sample_ids=torch.arange(BATCH))
+    call(schedule, sample_ids=list(np.arange(BATCH)))
 
 
 def a_cap_too_small() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.pipelining.schedules import get_schedule_class
 
 import commlib
 from commlib import Policy
@@ -28,6 +29,7 @@ from tests.integrations.pipeline_cases import (
     everywhere,
     has,
     ids,
+    loss,
     parameters,
     rows,
     same,
@@ -297,6 +299,20 @@ def fresh_differs() -> None:
     small_step(schedule, 0, is_fresh=True)
 
 
+def outside_of_a_step(policy: str) -> None:
+    """Another schedule of the same stages, not wrapped: its samples are not those of the last."""
+    micro = MICRO if policy == "int4+delta" else 1
+    schedule = commlib.wrap(build(micro=micro), policy)
+    told = {"sample_ids": ids(0)} if policy == "int4+delta" else {"is_fresh": True}
+    train(schedule, 1, **told)
+    before = commlib.of(schedule).state_dict()
+    other = get_schedule_class("GPipe")(schedule._stage, micro, loss_fn=loss)
+    has(error_of(lambda: call(other, 1), ValueError), ["begin("])
+    after = commlib.of(schedule).state_dict()
+    assert str(before) == str(after)
+    commlib.of(schedule).verify()
+
+
 def the_store_does_not_fill() -> None:
     """Steps that agree leave a number of keys that does not grow."""
     schedule = commlib.wrap(build("1F1B"), "int4+reuse")
@@ -328,3 +344,9 @@ def the_store_does_not_fill() -> None:
 )
 def test_modes(pool: Pool, case: Any, ranks: int) -> None:
     pool.run(case, ranks=ranks)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("policy", ["int4+delta", "int4+reuse"])
+def test_messages_outside_of_a_step_are_refused(pool: Pool, policy: str) -> None:
+    pool.run(outside_of_a_step, policy, ranks=2)

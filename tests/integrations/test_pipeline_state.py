@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tests.integrations.pipeline_cases import (
     error_of,
     has,
     ids,
+    loss,
     rows,
     same,
     small_step,
@@ -67,6 +69,56 @@ def a_thousand_messages() -> None:
             assert rows(schedule)["stage0.forward.to1"]["calls"] >= 250
     for a, b in zip(runs[False], runs[True], strict=True):
         assert (a is None and b is None) or same(a, b)
+
+
+def the_loss_scale_changes() -> None:
+    """rescale() by the ratio of two loss scales: the run goes on as if it had been the second.
+
+    Powers of two scale codes, scales and residuals exactly. Also of residuals that were loaded and
+    wait for their boundary.
+    """
+    for kind in ("fp32", "bf16", "int8"):
+        wrap = partial(commlib.wrap, policy="int4", backward=f"int4+lep:dtype={kind}")
+        plain, changed, loaded = wrap(scaled(4)), wrap(scaled(1)), wrap(scaled(4))
+        for step in range(2):
+            small_step(plain, step)
+            small_step(changed, step)
+        load(loaded, saved(changed))
+        for schedule in (changed, loaded):
+            commlib.of(schedule).rescale(4.0)
+            schedule._loss_fn = scaled_loss(4)
+        states = [commlib.of(s).state_dict() for s in (plain, changed, loaded)]
+        residuals = [memories(state) for state in states]
+        assert bool(residuals[0]) == (dist.get_rank() == 1)
+        for other in residuals[1:]:
+            assert other.keys() == residuals[0].keys()
+            assert all(same(x, other[name]) for name, x in residuals[0].items())
+        for schedule in (plain, changed, loaded):
+            for p in schedule._stage.submod.parameters():
+                p.grad = None
+            small_step(schedule, 2)
+        grads = [[p.grad for p in s._stage.submod.parameters()] for s in (plain, changed, loaded)]
+        for other in grads[1:]:
+            assert all(map(same, grads[0], other))
+    has(error_of(lambda: commlib.of(plain).rescale(float("inf")), ValueError), ["finite"])
+
+
+def scaled_loss(scale: float) -> Any:
+    return lambda out, target: scale * loss(out, target)
+
+
+def scaled(scale: float) -> Any:
+    return build("1F1B", loss_fn=scaled_loss(scale))
+
+
+def memories(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Residuals and their scales, by name."""
+    inner = unranked(state, "boundaries", "policy", "history")
+    found = {}
+    for boundary in inner["boundaries"].values():
+        for part in ("residuals", "scales"):
+            found |= {f"{part} {n}": x for n, x in boundary["compressor"][part].items()}
+    return found
 
 
 def states() -> None:
@@ -182,7 +234,7 @@ def test_through_dcp(pool: Pool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [a_thousand_messages, states, one_rank_forgets, tampered],
+    [a_thousand_messages, the_loss_scale_changes, states, one_rank_forgets, tampered],
     ids=lambda case: case.__name__,
 )
 def test_state(pool: Pool, case: Any) -> None:
