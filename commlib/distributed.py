@@ -216,7 +216,10 @@ def all_to_all_single(
     *,
     scheme: str | Scheme | None = None,
 ) -> Any:
-    """Part r of `input` goes to rank r, part r of `output` comes from it; splits are rows."""
+    """Part r of `input` goes to rank r, part r of `output` comes from it; splits are rows.
+
+    They are given on all ranks or on none: parts of their own sizes are coded one by one.
+    """
     route = _route("all_to_all", group, scheme, None, None, output, input)
     if route is None:
         return _torch.all_to_all_single(
