@@ -17,6 +17,7 @@ Sources: Aji and Heafield 2017 (arXiv 1704.05021); Stich et al. 2018, "Sparsifie
 (arXiv 1809.07599); random-k unbiased: Wangni et al. 2018 (arXiv 1710.09854).
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -167,10 +168,18 @@ class RandK(_Chosen):
         )
 
     def gamma(self, numel: int | None = None) -> float:
-        """On average over choices: ``(1 + inner gamma) / density - 1`` where values are scaled."""
-        if self.scale == "unbiased":
-            return (1 + self.inner.gamma(None)) / self.density - 1
-        return super().gamma(numel)
+        """On average over choices, where values are scaled: with g the inner codec's gamma
+
+        ``(1 + g) / density - 1``, and where that is biased, with ``s = 1 + sqrt(g)``,
+        ``s^2 / density - 2 s + 1``: its error may point along the values.
+        """
+        if self.scale != "unbiased":
+            return super().gamma(numel)
+        g = self.inner.gamma(None)
+        if self.unbiased:
+            return (1 + g) / self.density - 1
+        s = 1 + math.sqrt(g)
+        return s * s / self.density - 2 * s + 1
 
     def rounded(self, default: Round) -> "RandK":
         """The inner codec's rounding; scaled where the default is an unbiased one."""

@@ -14,12 +14,15 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import pad
 
+DEPENDENT = 2.0**-36
+"""Share of a row's square below which what earlier rows leave of it is rounding (each 2^-24)."""
+
 
 def orthonormal(factors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Each factor (r, n) with its rows made orthonormal in their order, by Gram-Schmidt.
 
-    A row of zeros stays one; a NaN or Inf spoils its row and those after it. The result for one
-    factor does not depend on the others.
+    A row of zeros stays one, and one that depends on rows before it becomes one; a NaN or Inf
+    spoils its row and those after it. The result for one factor does not depend on the others.
     """
     groups: dict[tuple[int, int], list[int]] = {}
     for place, factor in enumerate(factors):
@@ -41,12 +44,17 @@ def _gram_schmidt(rows: torch.Tensor) -> None:
     rows.div_(torch.where(largest == 0, 1.0, largest))  # squares neither overflow nor vanish
     for j in range(rows.shape[1]):
         row, before = rows[:, j], rows[:, :j]
+        whole = _sum(row * row)
         for _ in range(2 if j else 0):  # the second takes out what rounding left of the first
             shares = _sum(before * row[:, None])
             for i in range(j):
                 row.sub_(shares[:, i] * before[:, i])
-        norm = _sum(row * row).sqrt()
-        row.div_(torch.where(norm == 0, 1.0, norm))
+        rest = _sum(row * row)
+        # Of a row that depends on those before, rounding is left. Where only a few columns are not
+        # zero it lies in their span again: made one long it would count a direction twice.
+        gone = rest < whole * DEPENDENT
+        norm = rest.sqrt()
+        row.mul_(~gone).div_(torch.where(gone | (norm == 0), 1.0, norm))
 
 
 def _sum(x: torch.Tensor) -> torch.Tensor:

@@ -61,7 +61,7 @@ class EF21(Replicas):
             coded .25).
         compress: C itself, or the first part of it: a function of the flat difference of all
             parameters (n,), which returns a tensor like it, before the communicator's codec. Top-k,
-            say; what it sets to zero still travels, as no codec is sparse yet.
+            say; a communicator's codec may choose instead (`topk:density=0.05|fp32`).
 
     Raises: ValueError: what cannot be; a codec that does not contract, or has a memory of its own.
     """

@@ -180,7 +180,8 @@ class Replicas(torch.optim.Optimizer):
         raise RuntimeError(
             f"{type(self).__name__}: step {self.steps + 1}: the mean {what} of {', '.join(names)} "
             "is not finite: a rank's gradient is infinite or NaN, or the sum overflows. Parameters "
-            "and moments are as before the step"
+            "and moments are as before the step; residuals of error feedback are not, what they "
+            "owed was in that mean: go on from a checkpoint, or without it"
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:

@@ -17,13 +17,13 @@ which they are tried for a device. An op that a backend lacks is served by the n
 
 import importlib
 import os
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 
 import torch
 
 from commlib_kernels.formats import Format
-from commlib_kernels.layout import Layout, nbytes, stride
+from commlib_kernels.layout import Layout, blocks, nbytes, stride
 from commlib_kernels.memory import Memory
 from commlib_kernels.squeezed import bound, sizes
 from commlib_kernels.tag import Tag
@@ -120,6 +120,8 @@ def quantize(
     """Code flat `x` into `wire` (uint8, `nbytes(layout, fmt)`), adding and renewing `memory`."""
     _check_tensor("x", x, layout.dtype, layout.extent)
     _check_wire("wire", wire, nbytes(layout, fmt))
+    if memory is not None:
+        _check_memory(memory, layout, fmt, owner=layout.dense)
     backend_for(x.device, "quantize").quantize(fmt, x, wire, layout, tag, memory)
 
 
@@ -161,6 +163,8 @@ def reduce(
         )
     if out.dtype == torch.uint8:
         _check_wire("out", out, size)
+        if memory is not None:
+            _check_memory(memory, layout, fmt, owner=True)
     else:
         _check_tensor("out", out, out.dtype, layout.chunk_numel(layout.chunk))
     backend_for(out.device, "reduce").reduce(
@@ -227,6 +231,31 @@ def _check_tensor(name: str, x: torch.Tensor, dtype: torch.dtype, numel: int) ->
             f"{name}: needs a flat contiguous tensor of at least {numel} elements, "
             f"got shape {tuple(x.shape)} with strides {x.stride()}"
         )
+
+
+def _check_memory(memory: Memory, layout: Layout, fmt: Format, *, owner: bool) -> None:
+    """Refuse residuals that do not have the elements, and int8's scales, of a message."""
+    needed, scaled = _residuals(layout, fmt, owner)
+    residual, scales = memory.residual, memory.scales
+    if residual.dim() != 1 or not residual.is_contiguous() or residual.numel() < needed:
+        raise ValueError(
+            f"memory: the residual needs {needed} flat contiguous elements, "
+            f"got shape {tuple(residual.shape)} with strides {residual.stride()}"
+        )
+    if residual.dtype == torch.int8 and (scales is None or scales.numel() < scaled):
+        found = 0 if scales is None else scales.numel()
+        raise ValueError(f"memory: an int8 residual needs {scaled} scales here, got {found}")
+
+
+@lru_cache(maxsize=4096)
+def _residuals(layout: Layout, fmt: Format, owner: bool) -> tuple[int, int]:
+    """Elements of a message's residuals, and blocks of them."""
+    if not owner:
+        return layout.numel, blocks(layout.sizes, fmt) * (layout.ranks if layout.stacked else 1)
+    (rank,) = layout.payloads
+    cuts = (layout.cut(segment, rank) for segment in range(len(layout.sizes)))
+    sizes = tuple(end - begin for begin, end in cuts)
+    return sum(sizes), blocks(sizes, fmt)
 
 
 def _check_wire(name: str, wire: torch.Tensor, size: int) -> None:

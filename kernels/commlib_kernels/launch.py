@@ -22,6 +22,7 @@ import torch
 from commlib_kernels.formats import Format
 from commlib_kernels.layout import Layout, pieces, stride
 from commlib_kernels.memory import Memory
+from commlib_kernels.once import once
 from commlib_kernels.philox import seed_word, signs
 from commlib_kernels.tables import TABLES, thresholds
 from commlib_kernels.tag import Tag
@@ -123,7 +124,7 @@ def table_numbers(table: str) -> npt.NDArray[np.float32]:
     return found
 
 
-@cache
+@once
 def _signs(seed: int, device: torch.device) -> torch.Tensor:
     """The signs of a rotation, one bit for each of 4096 elements, on a device."""
     packed = np.packbits(signs(seed) >> np.uint32(31), bitorder="little")
@@ -323,7 +324,7 @@ def _template(
 
 
 _captured: list[Pieces] = []  # read by graphs
-_kept = cache(_template)
+_kept = once(_template)
 _passing = lru_cache(maxsize=256)(_template)
 
 

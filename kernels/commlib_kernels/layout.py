@@ -70,6 +70,8 @@ class Layout:
             raise ValueError(f"Layout: sizes must be >= 0, got {self.sizes}")
         if self.ranks < 1 or self.align < 1:
             raise ValueError(f"Layout: ranks and align must be >= 1: {self.ranks}, {self.align}")
+        if any(offset < 0 for offset in self.offsets):
+            raise ValueError(f"Layout: offsets must be >= 0, got {self.offsets}")
         for name in ("exact", "offsets"):
             given = getattr(self, name)
             if given and len(given) != len(self.sizes):

@@ -9,11 +9,10 @@ A *group* is eight elements of a block that lie an eighth of the block apart; gr
 starts counting at element 8 g. Word w gives the low half to lane w and the high half to lane w + 4.
 """
 
-from functools import cache
-
 import numpy as np
 import numpy.typing as npt
 
+from commlib_kernels.once import once
 from commlib_kernels.tag import Tag
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -77,7 +76,7 @@ SIGNS = 4096
 """Elements after which signs repeat: those of the largest block."""
 
 
-@cache
+@once
 def signs(seed: int) -> npt.NDArray[np.uint32]:
     """0x80000000 for every element that a rotation negates, else 0; read-only.
 
@@ -113,5 +112,5 @@ def choice(tag: Tag, segment: int) -> tuple[int, int]:
 def choice_words(number: tuple[int, int], start: int, count: int) -> npt.NDArray[np.uint64]:
     """The first `count` random words of the run that begins at element `start` of its segment."""
     calls = np.arange(-(-count // 4), dtype=np.uint64)
-    fixed = [np.full_like(calls, word) for word in (start, *number)]
+    fixed = [np.full_like(calls, word) for word in (start & 0xFFFFFFFF, *number)]
     return np.stack(philox((calls, *fixed), CHOICE_KEY), axis=1).reshape(-1)[:count]

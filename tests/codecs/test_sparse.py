@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -308,6 +310,38 @@ def test_what_was_chosen_may_be_rotated() -> None:
 def test_what_does_not_go_together_is_refused(text: str, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         Scheme.parse(text)
+
+
+AT_THE_END = """
+import ctypes, mmap, torch
+from commlib.codecs import codec
+from commlib_kernels import Layout, Tag
+page, n = mmap.PAGESIZE, 16448
+room = -(-4 * n // page) * page
+memory = mmap.mmap(-1, room + page)
+first = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(first + room), page, 0) == 0
+x = torch.frombuffer(memory, dtype=torch.float32, count=n, offset=room - 4 * n)
+x.copy_(torch.randn(n))
+c, layout = codec("topk|fp32"), Layout((n,))
+c.encode(x, torch.empty(c.nbytes(layout), dtype=torch.uint8), layout, Tag())
+print("through")
+"""
+
+
+def test_nothing_is_read_behind_the_end_of_a_tensor() -> None:
+    """A page that may not be read begins there."""
+    run = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True)
+    assert run.stdout == "through\n", run.stderr
+
+
+@pytest.mark.parametrize("inner", ["int2:round=nearest", "nf4", "sign"])
+def test_gamma_of_scaled_values_that_are_coded_with_a_bias(inner: str) -> None:
+    text = f"randk:density=0.1:scale=unbiased|{inner}"
+    x = lognormal(0, 1024)
+    errors = [(round_trip(text, x, s).double() - x.double()).square().sum() for s in range(200)]
+    mean = float(sum(errors) / len(errors) / x.double().square().sum())
+    assert mean <= codec(text).gamma()
 
 
 def test_feedback_is_stable_at_any_density() -> None:

@@ -48,6 +48,19 @@ def test_rows_that_depend_on_others_become_orthonormal_too() -> None:
     assert gap(kept) < 40 * EPS
 
 
+def test_rows_with_few_columns_count_no_direction_twice() -> None:
+    """An embedding of which a batch had two tokens: what dependent rows leave is in their span."""
+    for columns in (1, 2, 3, 5):
+        given = torch.zeros(6, 64)
+        given[:, 10 : 10 + columns] = random(6, columns)
+        (rows,) = orthonormal([given])
+        kept = rows[rows.norm(dim=1) > 0]
+        assert len(kept) == columns
+        assert gap(kept) < 40 * EPS
+        exact = given.double()
+        assert (exact - exact @ rows.double().T @ rows.double()).norm() < 1e-5 * exact.norm()
+
+
 def test_rows_of_zeros_stay_and_nonfinite_ones_show() -> None:
     given = random(3, 40)
     given[1] = 0

@@ -41,6 +41,18 @@ class TestSameBytes:
             check_backend(candidate, reference, case)
 
 
+@pytest.mark.parametrize("name", ["reference", "numba_cpu", "cuda_host"])
+def test_an_fp8_code_that_nobody_writes_has_a_value(name: str) -> None:
+    """Bytes that changed on the way may hold 0x7F."""
+    backend, fmt, layout = require(name), codec("fp8:block=32").format, Layout((32,))
+    wire, out = torch.zeros(nbytes(layout, fmt), dtype=torch.uint8), torch.empty(32)
+    reference.quantize(fmt, torch.full((32,), 448.0), wire, layout, Tag())
+    wire[0], wire[1] = 0x7F, 0xFF
+    backend.dequantize(fmt, wire, out, layout, add=False)
+    assert out[:2].tolist() == [480.0, -480.0]
+    assert out[2:].equal(torch.full((30,), 448.0))
+
+
 @pytest.mark.parametrize("text", CPU_CODECS + SPARSE)
 def test_what_cuda_lacks_is_refused(text: str) -> None:
     backend, fmt = require("cuda_host"), codec(text).format

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from commlib.codecs import codec
-from commlib_kernels import Format, Layout, Tag, nbytes, quantize, stride
+from commlib_kernels import Format, Layout, Memory, Tag, nbytes, quantize, reduce, stride
 from commlib_kernels.layout import Piece, blocks, pieces, table
 from tests.contract import data
 
@@ -196,6 +196,28 @@ def test_the_table_is_the_pieces() -> None:
         rows[0, 0] = 1
 
 
+def test_residuals_without_room_are_refused() -> None:
+    fmt, layout, tag = codec("int8:block=32").format, Layout((100, 60), ranks=2, align=32), Tag()
+    x, wire = torch.zeros(160), torch.zeros(nbytes(layout, fmt), dtype=torch.uint8)
+    chunk = layout.only(1)
+    sums = torch.zeros(stride(layout, fmt), dtype=torch.uint8)
+    int8, scales = torch.zeros(160, dtype=torch.int8), torch.zeros(6, dtype=torch.int16)
+    for memory in (Memory(torch.zeros(160)), Memory(int8, scales)):
+        quantize(fmt, x, wire, layout, tag, memory)
+    reduce(fmt, wire[: 2 * len(sums)], sums, chunk, tag, memory=Memory(torch.zeros(64)))
+    cases = [
+        (Memory(torch.zeros(159)), "needs 160 flat contiguous elements"),
+        (Memory(torch.zeros(320)[::2]), "needs 160 flat contiguous elements"),
+        (Memory(int8), "needs 6 scales here, got 0"),
+        (Memory(int8, scales[:5]), "needs 6 scales here, got 5"),
+    ]
+    for memory, complaint in cases:
+        with pytest.raises(ValueError, match=complaint):
+            quantize(fmt, x, wire, layout, tag, memory)
+    with pytest.raises(ValueError, match="needs 64 flat contiguous elements"):
+        reduce(fmt, wire[: 2 * len(sums)], sums, chunk, tag, memory=Memory(torch.zeros(63)))
+
+
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [
@@ -206,6 +228,7 @@ def test_the_table_is_the_pieces() -> None:
         ({"sizes": (1,), "part": (2, 2)}, "part must be"),
         ({"sizes": (1,), "ranks": 2, "chunk": 2}, "chunk 2 is not one of 2"),
         ({"sizes": (1,), "dense": True}, "dense needs a chunk"),
+        ({"sizes": (1,), "offsets": (-8,)}, "offsets must be >= 0"),
     ],
 )
 def test_impossible_layouts_are_refused(given: dict[str, object], complaint: str) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from commlib_kernels import Tag
-from commlib_kernels.philox import lanes, philox, seed_word
+from commlib_kernels.once import once
+from commlib_kernels.philox import choice_words, lanes, philox, seed_word
 
 WORDS = st.integers(0, 2**32 - 1)
 
@@ -93,3 +98,28 @@ def test_sixteen_bits_are_uniform() -> None:
     got = lanes(Tag(seed=3), 0, 0, 512, 128).astype(float).ravel()
     assert abs(got.mean() / 65536 - 0.5) < 0.005
     assert abs(np.corrcoef(got[:-1], got[1:])[0, 1]) < 0.02
+
+
+def test_choices_count_elements_in_one_word() -> None:
+    far, near = (choice_words((1, 2), start, 50) for start in ((1 << 32) + 4096, 4096))
+    assert far.tolist() == near.tolist()
+
+
+def test_threads_that_ask_together_get_one_object() -> None:
+    """Kernels are given its address: no copy may be dropped."""
+    made, together = [], threading.Barrier(4)
+
+    @once
+    def numbers(n: int) -> list[int]:
+        made.append(n)
+        time.sleep(0.02)
+        return [n]
+
+    def ask(n: int) -> int:
+        together.wait()
+        return id(numbers(n))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(ask, [7] * 4))) == 1
+    assert made == [7]
+    assert numbers(7) is numbers(7)

@@ -4,8 +4,6 @@ Only magnitudes are compared, with the 7 thresholds between them (by whole vecto
 shorter table is padded with thresholds that nothing exceeds. Equations: reference/blocks.py.
 """
 
-from functools import cache
-
 import numpy as np
 import numpy.typing as npt
 
@@ -16,6 +14,7 @@ from commlib_kernels.numba_cpu.lookup import tree
 from commlib_kernels.numba_cpu.strips import U, absmax
 from commlib_kernels.numba_cpu.tables import no_value, pack, unpack
 from commlib_kernels.numba_cpu.vectors import LANES
+from commlib_kernels.once import once
 from commlib_kernels.scalar import BAD_SCALE, HUGE, TINY
 from commlib_kernels.tables import TABLES, thresholds
 
@@ -27,7 +26,7 @@ how a code is guessed (`fit`)."""
 WHOLE = U(RUN * LANES)
 
 
-@cache
+@once
 def numbers(table: str) -> npt.NDArray[np.float32]:
     """The array that kernels get."""
     values = TABLES[table]

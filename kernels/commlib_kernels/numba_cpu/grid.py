@@ -1,7 +1,5 @@
 """Codes of a grid; the scale that fits a block's codes best is `gauss.fit` with these products."""
 
-from functools import cache
-
 import numpy as np
 import numpy.typing as npt
 
@@ -9,11 +7,12 @@ from commlib_kernels.numba_cpu.coders import Coder, nothing, uniform_pack, unifo
 from commlib_kernels.numba_cpu.coders import uniform_value as value
 from commlib_kernels.numba_cpu.gauss import no_code
 from commlib_kernels.numba_cpu.jit import inlined, loop
+from commlib_kernels.once import once
 
 i8, i32, f32 = np.int8, np.int32, np.float32
 
 
-@cache
+@once
 def numbers(step: float, levels: int) -> npt.NDArray[np.float32]:
     """The array that kernels get: steps per root mean square, and the largest code."""
     return np.array([np.float32(1) / np.float32(step), levels], np.float32)

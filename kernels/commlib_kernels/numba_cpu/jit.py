@@ -7,6 +7,7 @@ vectorisation as well.
 """
 
 import hashlib
+import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -130,11 +131,18 @@ def specialise(
     return decorator(copy)
 
 
+_entering = threading.Lock()
+
+
 def entry(function: Function) -> Function:
-    """Compile what Python calls, and keep it in the cache."""
-    before = settings.CACHE_DIR
-    settings.CACHE_DIR = str(cache_dir())
-    try:
-        return _njit(cache=True, **OPTIONS)(function)
-    finally:
-        settings.CACHE_DIR = before
+    """Compile what Python calls, and keep it in the cache.
+
+    One at a time: threads would swap Numba's cache folder, which others use too, under each other.
+    """
+    with _entering:
+        before = settings.CACHE_DIR
+        settings.CACHE_DIR = str(cache_dir())
+        try:
+            return _njit(cache=True, **OPTIONS)(function)
+        finally:
+            settings.CACHE_DIR = before

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +10,7 @@ from commlib_kernels.formats import Format, Kind
 from commlib_kernels.numba_cpu import coders, fp4, gauss, grid, kernels, tables
 from commlib_kernels.numba_cpu.jit import entry, inlined, specialise
 from commlib_kernels.numba_cpu.strips import LANES, MAX_BLOCK, STRIP
+from commlib_kernels.once import once
 
 
 class Ops(NamedTuple):
@@ -49,20 +49,13 @@ CODERS = coders.CODERS | {
 FITTED = {"gauss": gauss, "grid": grid}
 """Kinds whose scale suits their codes, and the modules with their `products` and `padding`."""
 
-_making = threading.Lock()
-
 
 def ops(fmt: Format) -> Ops:
-    """The ops of a kind of format; each compiles on its first call.
-
-    Made once: threads that made them side by side would swap Numba's cache folder under each other
-    (`jit.entry`), and compile what is there.
-    """
-    with _making:
-        return _made(fmt.kind)
+    """The ops of a kind of format; each compiles on its first call."""
+    return _made(fmt.kind)
 
 
-@cache
+@once
 def _made(kind: Kind) -> Ops:
     coder, fit = CODERS[kind], gauss.no_fit
     if kind in FITTED:

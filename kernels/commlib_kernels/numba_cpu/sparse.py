@@ -1,8 +1,7 @@
 """Sparse formats: choose, code what was chosen with the ops of its format, put it back."""
 
-import threading
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from commlib_kernels.memory import Memory
 from commlib_kernels.numba_cpu import pick, strips
 from commlib_kernels.numba_cpu.jit import entry
 from commlib_kernels.numba_cpu.topk import TILE, room
+from commlib_kernels.once import once
 from commlib_kernels.philox import seed_word
 from commlib_kernels.tag import Tag
 
@@ -48,16 +48,8 @@ class _Ops(NamedTuple):
     copy: Callable[..., None]
 
 
-_making = threading.Lock()
-
-
+@once
 def _picking() -> _Ops:
-    with _making:  # as in `ops.ops`
-        return _made()
-
-
-@cache
-def _made() -> _Ops:
     return _Ops(*(entry(op) for op in (pick.form, pick.choose, pick.renew, pick.place, pick.copy)))
 
 

@@ -4,8 +4,6 @@ All comparisons are made, with the thresholds in registers: that vectorises, whe
 not. A table is 16 values and the 15 thresholds between them in one array.
 """
 
-from functools import cache
-
 import numpy as np
 import numpy.typing as npt
 
@@ -14,13 +12,14 @@ from commlib_kernels.numba_cpu.jit import floats, inlined, loop
 from commlib_kernels.numba_cpu.lookup import look_up, look_up_and_add
 from commlib_kernels.numba_cpu.strips import U
 from commlib_kernels.numba_cpu.vectors import LANES
+from commlib_kernels.once import once
 from commlib_kernels.scalar import NAN
 from commlib_kernels.tables import TABLES, thresholds
 
 u8, i32, f32 = np.uint8, np.int32, np.float32
 
 
-@cache
+@once
 def numbers(table: str) -> npt.NDArray[np.float32]:
     """The array that kernels get; thresholds below zero a bit lower, so that a tie goes to zero."""
     t = thresholds(TABLES[table])

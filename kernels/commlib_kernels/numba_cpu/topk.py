@@ -146,10 +146,9 @@ def prune(places, values, c, k):
 @loop
 def sampled(s, alpha, first, m, k, values):
     """A threshold that somewhat more than k of the run probably reach."""
-    count = min(max(m // U(64), U(256)), U(SAMPLE))
-    step = m // (
-        count // U(8)
-    )  # eight neighbours at a time: a line of the cache costs what one does
+    # Eight neighbours at a time: a line of the cache costs what one does.
+    groups = min(max(m // U(64), U(256)), U(SAMPLE)) // U(8)
+    count, step = groups * U(8), m // groups
     for i in range(count):
         values[i] = value_at(s, alpha, first + i // U(8) * step + i % U(8))
     share = f32(count) * f32(k) / f32(m)

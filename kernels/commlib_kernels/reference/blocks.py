@@ -5,7 +5,7 @@ import numpy.typing as npt
 
 from commlib_kernels.formats import FP8_MAX, Format
 from commlib_kernels.reference import elements
-from commlib_kernels.reference.elements import E2M1, E4M3, F32, NAN, Bits, Floats
+from commlib_kernels.reference.elements import E2M1, E4M3, E4M3_CODES, F32, NAN, Bits, Floats
 from commlib_kernels.tables import thresholds
 
 HUGE = np.uint32(0x7E800000)  # 2^126: from here on 1 / scale would be subnormal
@@ -212,7 +212,7 @@ def value(fmt: Format, codes: Codes, scales: Bits) -> Floats:
     if fmt.kind == "sign":
         v = np.where(codes == 1, -s, s)
     elif fmt.kind == "fp8":
-        magnitude = E4M3[codes & 0x7F].astype(F32) * s
+        magnitude = E4M3_CODES[codes & 0x7F].astype(F32) * s
         v = np.where(codes & 0x80, -magnitude, magnitude)
     elif fmt.kind == "fp4":
         magnitude = E2M1[codes & 7].astype(F32) * s

@@ -80,6 +80,8 @@ E4M3 = np.array(
     ]
 )
 """The 127 non-negative values of fp8 e4m3 (fn: no infinities, 0x7F is NaN), by code."""
+E4M3_CODES = np.append(E4M3, 480.0)
+"""What each code decodes to: 0x7F, which no encoder writes, goes on where the others end."""
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 """The 8 non-negative values of fp4 e2m1, by code."""
