@@ -186,7 +186,7 @@ def test_residuals_are_of_what_a_rank_owns(hosts: str) -> None:
 
 
 def test_a_held_segment_keeps_its_residuals() -> None:
-    """Unused parameters: neither the owner in a node nor the one of the sum forgets anything."""
+    """Parameters that nobody uses: neither a node's owner nor the sum's forgets anything."""
     xs = inputs(4, 2000)
     pools = [Pool(torch.device("cpu")) for _ in xs]
 
@@ -194,8 +194,11 @@ def test_a_held_segment_keeps_its_residuals() -> None:
         compressor = Compressor(codec("int3"), ErrorFeedback(), rank=t.rank)
         states = []
         for hold in ((), (1,)):
+            x = xs[t.rank].clone()
+            if hold:
+                x[1000:] = 0
             run = hierarchical.all_reduce(
-                xs[t.rank].clone(), t, compressor, ("a", "b"), Layout((1000, 1000)), pools[t.rank],
+                x, t, compressor, ("a", "b"), Layout((1000, 1000)), pools[t.rank],
                 nodes=nodes_of("abab"), hold=hold,
             )  # fmt: skip
             drive(run)
