@@ -13,13 +13,14 @@ import datetime
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from .asking import Asking
 from .pending import Exchange
 from .threads import ThreadTransport, run_ranks
 from .traffic import (
@@ -98,7 +99,7 @@ class TorchTransport:
         self.tagged = self._gloo = backends(group)[self.device.type] == GLOO
         self._chain = not self._gloo
         self._store = c10d._get_process_group_store(group)
-        self._unanswered: threading.Thread | None = None
+        self._ask = Asking("the group's store")
         self._sum = self._options(c10d.AllreduceOptions())
         self._all_to_all, self._all_gather = RENAMED[hasattr(plain(group), "all_to_all_single")]
 
@@ -244,31 +245,6 @@ class TorchTransport:
         if text is None:
             raise TimeoutError(f"nobody posted {key!r} within {timeout} s")
         return text
-
-    def _ask(self, call: Callable[[], Any], seconds: float) -> Any:
-        """`call` of the store, beside a clock: its client waits for ever for a host that stopped.
-
-        Raises: RuntimeError after `seconds`, and at once while that call still has no answer.
-        """
-        answer: list[Any] = []
-
-        def ask() -> None:
-            try:
-                answer.append(call())
-            except Exception as error:
-                answer.append(error)
-
-        if self._unanswered is not None and self._unanswered.is_alive():
-            raise RuntimeError("the group's store still does not answer")
-        thread = threading.Thread(target=ask, name="commlib store", daemon=True)
-        thread.start()
-        thread.join(seconds)
-        if not answer:
-            self._unanswered = thread
-            raise RuntimeError(f"the group's store did not answer within {seconds:g} s")
-        if isinstance(answer[0], Exception):
-            raise answer[0]
-        return answer[0]
 
     def sub(self, ranks: Sequence[int]) -> TorchTransport:
         for rank in ranks:

@@ -5,10 +5,11 @@ Values are texts. What is decided once stays: `decide` gives everybody the first
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+from commlib.asking import Asking
 
 T = TypeVar("T")
 
@@ -28,7 +29,7 @@ class Board:
 
     def __init__(self, store: Any, timeout: float) -> None:
         self.store, self.timeout = store, timeout
-        self._asked: threading.Thread | None = None
+        self._asking = Asking("Members: the store")
 
     def poll(self, look: Callable[[], T | None], seconds: float) -> T | None:
         """What `look` finds within `seconds`."""
@@ -58,25 +59,4 @@ class Board:
         self._ask(lambda: self.store.set(key, value))
 
     def _ask(self, call: Callable[[], Any]) -> Any:
-        """`call` of the store, beside a clock: its client waits for ever for a host that stopped.
-
-        Raises: RuntimeError after `timeout` seconds, and at once while a call has no answer.
-        """
-        answer: list[Any] = []
-
-        def ask() -> None:
-            try:
-                answer.append(call())
-            except Exception as error:
-                answer.append(error)
-
-        if self._asked is not None and self._asked.is_alive():
-            raise RuntimeError("Members: the store still does not answer")
-        self._asked = threading.Thread(target=ask, name="commlib members", daemon=True)
-        self._asked.start()
-        self._asked.join(self.timeout)
-        if not answer:
-            raise RuntimeError(f"Members: the store did not answer within {self.timeout:g} s")
-        if isinstance(answer[0], Exception):
-            raise answer[0]
-        return answer[0]
+        return self._asking(call, self.timeout)
