@@ -40,7 +40,7 @@ import torch
 import torch.distributed as _torch
 
 from commlib.communicator import Communicator
-from commlib.integrations import backend, calls, groups, p2p
+from commlib.integrations import backend, calls, groups, routes
 from commlib.integrations.backend import Options
 from commlib.integrations.calls import is_sum
 from commlib.integrations.p2p import P2POp, batch_isend_irecv, irecv, isend, recv, send
@@ -109,7 +109,7 @@ def communicator(group: Group = None) -> Communicator:
 def destroy_process_group(group: Group = None) -> None:
     """torch's, after the communicators of the group (None: of all groups) have stopped."""
     groups.stop(group)
-    p2p.forget(group)
+    routes.forget(group)
     _torch.destroy_process_group(group)
 
 

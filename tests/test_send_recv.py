@@ -16,7 +16,7 @@ import torch.distributed as torch_dist
 import commlib
 import commlib.distributed as dist
 from commlib.collectives.p2p import wire_bytes
-from commlib.integrations import p2p
+from commlib.integrations import routes
 from commlib.lane import Together
 from commlib.policy import Scheme
 from tests.integrations.ddp_cases import raises, relative
@@ -59,7 +59,9 @@ def every_verb() -> None:
         assert work.wait()
         assert work.is_completed()
         assert work.is_success()
-        assert p2p.bytes_sent() == 2 * wire_bytes(N, x.dtype, Scheme.parse("int8").resolve().codec)
+        assert routes.bytes_sent() == 2 * wire_bytes(
+            N, x.dtype, Scheme.parse("int8").resolve().codec
+        )
     else:
         out = torch.empty(N)  # another shape: only the number of elements counts
         assert dist.recv(out, 0) == 0
@@ -73,7 +75,7 @@ def every_verb() -> None:
         assert work.result()[0] is out
         assert work.source_rank() == work._source_rank() == 0
         assert 0 < relative(out.detach(), y) < 0.02
-        assert p2p.bytes_sent() == 0
+        assert routes.bytes_sent() == 0
     work = dist.isend(x, 1) if rank == 0 else dist.irecv(x, 0)
     x.zero_()  # coded before isend returned
     work.wait(20)
@@ -133,7 +135,7 @@ def batches() -> None:
     peer = 1 - rank
     x, out = values(rank, LARGE), torch.empty(LARGE)
     small, got = torch.full((8,), rank), torch.empty(8, dtype=torch.int64)
-    before = p2p.bytes_sent()
+    before = routes.bytes_sent()
     ops = [
         dist.P2POp(dist.isend, x, peer),
         dist.P2POp(torch_dist.isend, small, peer),  # raw
@@ -150,7 +152,7 @@ def batches() -> None:
     assert (got == peer).all()
     assert works[2].source_rank() == peer
     # one way or two, the other order
-    assert p2p.bytes_sent() - before < 0.27 * 4 * LARGE + small.nbytes
+    assert routes.bytes_sent() - before < 0.27 * 4 * LARGE + small.nbytes
     y = torch.empty(N)
     ops = [dist.P2POp(dist.irecv, y, peer, tag=5), dist.P2POp(dist.isend, x[:N], peer, tag=5)]
     for work in dist.batch_isend_irecv(ops[::-1] if rank else ops):
@@ -223,7 +225,7 @@ def batches_that_the_library_groups() -> None:
     assert works[0].is_completed()
     assert 0 < relative(out, values(1 - rank, N)) < 0.02
     assert (got == 1 - rank).all()
-    assert p2p._offices[torch_dist.group.WORLD][torch.device("cpu")].mail.outstanding == 0
+    assert routes._offices[torch_dist.group.WORLD][torch.device("cpu")].mail.outstanding == 0
 
 
 class Waited:
@@ -250,13 +252,13 @@ def what_is_not_compressed_is_torchs() -> None:
     exact = values(3, N)
 
     def moved(x: torch.Tensor, **how: Any) -> torch.Tensor:
-        before, out = p2p.bytes_sent(), torch.zeros_like(x)
+        before, out = routes.bytes_sent(), torch.zeros_like(x)
         if rank == 0:
             dist.send(x, 1, **how)
         else:
             # torch's own receive: so the sender used the user's tag, and no other bytes
             torch_dist.recv(out, 0, tag=how.get("tag", 0))
-        assert p2p.bytes_sent() == before
+        assert routes.bytes_sent() == before
         return x if rank == 0 else out
 
     dist.set_policy("int4")
@@ -355,24 +357,24 @@ def ranks_of_a_group() -> None:
     dist.set_policy("int4", group)  # counts from nothing
     assert "send" not in dist.communicator(group).stats()
     dist.destroy_process_group(group)  # and its messages with it
-    assert group not in p2p._offices
+    assert group not in routes._offices
 
 
 def groups_that_torch_destroys() -> None:
     """A reference of ours to a group would end the process at its exit."""
-    group, before = dist.new_group([0, 1]), len(p2p._offices)
+    group, before = dist.new_group([0, 1]), len(routes._offices)
     dist.set_policy("int8", group)
     rank, x = dist.get_rank(), values(0, N)
     dist.irecv(torch.empty(N), 1 - rank, group, tag=9)  # nobody will send
     works = [dist.isend(x, 1 - rank, group), dist.irecv(torch.empty(N), 1 - rank, group)]
     for work in works:
         work.wait()
-    assert len(p2p._offices) == before + 1
+    assert len(routes._offices) == before + 1
     torch_dist.barrier()
     torch_dist.destroy_process_group(group)
     del group
     gc.collect()
-    assert len(p2p._offices) == before
+    assert len(routes._offices) == before
 
 
 def works_that_nobody_keeps() -> None:

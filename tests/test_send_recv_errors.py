@@ -10,7 +10,7 @@ import torch
 
 import commlib.distributed as dist
 from commlib.collectives.p2p import FIRST_TAG
-from commlib.integrations import p2p
+from commlib.integrations import routes
 from tests.communicators import data
 from tests.integrations.ddp_cases import raises
 from tests.processes import Pool
@@ -36,7 +36,7 @@ def refused() -> None:
     raises(TypeError, "torch.Tensor")(lambda: dist.isend([x], 1 - rank))  # type: ignore
     meta = torch.empty(N, device="meta")
     raises(ValueError, "does not move meta tensors")(lambda: dist.isend(meta, 1 - rank))
-    assert p2p.bytes_sent() == 0
+    assert routes.bytes_sent() == 0
 
 
 def sizes_differ() -> str:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from commlib_kernels import backend_for
 
 from .. import distributed
-from ..integrations.p2p import bytes_sent
+from ..integrations.routes import bytes_sent
 from ..policy import Role, Scheme
 from .contestants import Buffers, Contestant, library_of
 

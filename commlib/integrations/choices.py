@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from commlib.communicator import Communicator
-from commlib.integrations import groups, p2p
+from commlib.integrations import groups, routes
 from commlib.plans import is_exact, why_raw
 from commlib.policy import EXACT_BELOW_NUMEL, Policy, Role, Rule, TensorInfo
 from commlib.scheme import DTYPES
@@ -113,7 +113,7 @@ class Choices:
         group = self._group()
         assert group is not None
         if what == MESSAGE:
-            return p2p.is_compressed(group, x)
+            return routes.is_compressed(group, x)
         policy, role = groups.policy(group), ROLES[what]
         if isinstance(policy, str):  # "auto": what measuring finds, and it finds no role
             policy = self.route(x).policy

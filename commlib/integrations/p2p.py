@@ -1,15 +1,11 @@
 """torch.distributed's point-to-point verbs, compressed; `commlib.distributed` has them.
 
-Both ends of a message decide alike, from facts that both have: the group's policy, `scheme=`, the
-number of elements, dtype. What is compressed travels on the caller's own group, issued by the
-calling thread, with tags of commlib's own; what is not is torch's own call.
+What is compressed (`routes.py` decides) travels on the caller's own group, issued by the calling
+thread, with tags of commlib's own; what is not is torch's own call.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
-import weakref
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -17,44 +13,14 @@ import torch
 import torch.distributed as dist
 from torch.overrides import has_torch_function
 
-from commlib.collectives.p2p import FIRST_TAG, Mail, Receiving, Sending, wire_bytes
-from commlib.compressors import Compressors
-from commlib.feedback import Compressor, Plain
+from commlib.collectives.p2p import FIRST_TAG, Receiving, Sending
+from commlib.feedback import Compressor
 from commlib.integrations import groups
 from commlib.integrations.batch import Batch, Later
+from commlib.integrations.routes import Group, Named, Office, office_of, route_of
 from commlib.integrations.works import Timeout, seconds
-from commlib.plans import explicit, is_exact, parse_scheme, why_raw
-from commlib.policy import EXACT_BELOW_NUMEL, Role, Scheme, TensorInfo
-from commlib.scheme import DTYPES
 from commlib.traffic import Post, check_rank, check_tensor
-from commlib.transport import GLOO, TorchTransport, backends, group_device, plain
-
-log = logging.getLogger("commlib")
-
-Group = dist.ProcessGroup | None
-Named = str | Scheme | None
-
-_lock = threading.Lock()
-_offices: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, Office]] = (
-    weakref.WeakKeyDictionary()
-)
-_told: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
-
-
-class Office:
-    """The point-to-point traffic of a group on one device."""
-
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self.transport = TorchTransport(group, device=device)
-        self.compressors = Compressors(device, 0, self.transport.rank)
-        place = weakref.ref(group)
-
-        def record(codec: str, raw_bytes: int, sent: int, seconds: float) -> None:
-            alive = place()
-            if alive is not None:
-                groups.meter(alive, device).record("send", None, codec, raw_bytes, sent, seconds)
-
-        self.mail = Mail(self.transport, record)
+from commlib.transport import GLOO, backends, group_device, plain
 
 
 class P2PWork(dist.Work):
@@ -242,14 +208,14 @@ def batch_isend_irecv(p2p_op_list: list[dist.P2POp]) -> list[Any]:
         _peer(verb, group, None, op.group_peer, op.tensor)
         scheme = getattr(op, "scheme", None)
         routes.append(
-            None if _foreign(op.tensor) else _route(verb, group, op.tensor, op.tag, scheme)
+            None if _foreign(op.tensor) else route_of(verb, group, op.tensor, op.tag, scheme)
         )
     office = next((route[0] for route in routes if route is not None), None)
     if office is None:
         if plain(group) is group:
             return dist.batch_isend_irecv(p2p_op_list)
         # the backend commlib would decide again, by its policy and not by `scheme`
-        office = _office(group, group_device(group, p2p_op_list[0].tensor.device))
+        office = office_of(group, group_device(group, p2p_op_list[0].tensor.device))
     if len({op.tensor.device for op in p2p_op_list}) > 1:
         raise ValueError(
             "batch_isend_irecv: the tensors are on different devices; make two batches"
@@ -268,21 +234,6 @@ def batch_isend_irecv(p2p_op_list: list[dist.P2POp]) -> list[Any]:
     return [P2PWork(*messages)] if batch.grouped else [P2PWork(message) for message in messages]
 
 
-def bytes_sent(group: Group = None) -> int:
-    """Bytes that this rank has sent compressed, point to point, in `group`."""
-    offices = _offices.get(groups.member(group), {})
-    return sum(office.transport.bytes_sent for office in offices.values())
-
-
-def forget(group: Group) -> None:
-    """Let go of the messages of `group`; of all groups for None and for the default group."""
-    with _lock:
-        if group in (None, dist.group.WORLD):
-            _offices.clear()
-        else:
-            _offices.pop(group, None)
-
-
 def _start(
     verb: str,
     tensor: torch.Tensor,
@@ -299,15 +250,10 @@ def _start(
     if not isinstance(group, dist.ProcessGroup) or _foreign(tensor):  # torch says what it thinks
         return issue(tensor, rank, group, tag, group_rank)
     peer = _peer(verb, group, rank, group_rank, tensor)
-    route = _route(verb, group, tensor, tag, scheme)
+    route = route_of(verb, group, tensor, tag, scheme)
     if route is None:
         return issue(tensor, None, plain(group), tag, peer)
     return _issue(sends, tensor, peer, tag, *route)
-
-
-def is_compressed(group: dist.ProcessGroup, tensor: torch.Tensor) -> bool:
-    """Whether the policy compresses a message like `tensor`."""
-    return _choose("send", group, tensor, None) is not None
 
 
 def compressed(
@@ -316,7 +262,7 @@ def compressed(
     """The message of a `ProcessGroup.send` or `recv`, by the policy; None: not compressed."""
     if not 0 <= tag < FIRST_TAG or not tensor.is_contiguous():
         return None  # torch says what it thinks
-    route = _route(verb, group, tensor, tag, None)
+    route = route_of(verb, group, tensor, tag, None)
     return None if route is None else _issue(verb == "send", tensor, peer, tag, *route)
 
 
@@ -377,74 +323,3 @@ def _peer(
     if group_rank == group.rank() and blocks:
         raise ValueError(f"{verb}: rank {group_rank} of the group is this rank itself")
     return group_rank
-
-
-def _route(
-    verb: str, group: dist.ProcessGroup, tensor: torch.Tensor, tag: int, scheme: Named
-) -> tuple[Office, Compressor] | None:
-    """Who carries a message, and how; None: torch, raw. Decided by what both ends know."""
-    if not 0 <= tag < FIRST_TAG:
-        raise ValueError(f"{verb}: tag is {tag}, allowed: 0 to {FIRST_TAG - 1}")
-    chosen = _choose(verb, group, tensor, scheme)
-    if chosen is None:
-        return None
-    if tensor.layout is not torch.strided:
-        raise ValueError(f"{verb}: a compressed tensor must be dense, got {tensor.layout}")
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"{verb}: a CUDA graph cannot repeat a compressed message, which is numbered; capture "
-            "it inside commlib.exact()"
-        )
-    office = _office(group, group_device(group, tensor.device))
-    return office, office.compressors.of(chosen)
-
-
-def _choose(
-    verb: str, group: dist.ProcessGroup, tensor: torch.Tensor, scheme: Named
-) -> Scheme | None:
-    """The scheme of a message; None: raw. Its shape may differ between the ends."""
-    numel, dtype = tensor.numel(), tensor.dtype
-    if scheme is not None:
-        named = parse_scheme(scheme)
-        if named.feedback != Plain():
-            raise ValueError(
-                f"{verb}: scheme {str(named)!r} keeps residuals, and a message has no key: no key, "
-                "no memory. Error feedback on activations harms the next sample; pipelines have "
-                f"modes of their own for that. Use {str(named.stateless())!r}"
-            )
-        found = explicit(named, None, dtype, Role.ACTIVATION)
-        return None if found.codec.id == "fp32" else found
-    if is_exact() or not tensor.is_floating_point():
-        return None
-    policy = groups.policy(group)
-    if isinstance(policy, str):
-        if dtype in DTYPES and numel >= EXACT_BELOW_NUMEL:
-            _tell_auto(group)
-        return None
-    info = TensorInfo(None, numel, dtype, Role.ACTIVATION)
-    found = policy.choose(info)
-    if found.codec.id != "fp32" and wire_bytes(numel, dtype, found.codec) < tensor.nbytes:
-        return found
-    reason = why_raw(policy, info)
-    if reason is not None:
-        groups.meter(group, tensor.device).not_compressed(None, reason)
-    return None
-
-
-def _tell_auto(group: dist.ProcessGroup) -> None:
-    if group in _told:
-        return
-    _told.add(group)
-    if group.rank() == 0:
-        log.warning(
-            "commlib.distributed: send and recv travel raw under policy 'auto', which measures "
-            "collectives alone; name a policy or a scheme to compress them"
-        )
-
-
-def _office(group: dist.ProcessGroup, device: torch.device) -> Office:
-    with _lock:
-        offices = _offices.setdefault(group, {})
-        if device not in offices:
-            offices[device] = Office(group, device)
-        return offices[device]

@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from commlib.integrations import calls, groups, inner, p2p
+from commlib.integrations import calls, groups, inner, p2p, routes
 from commlib.integrations.backend import NAME, Options
 from commlib.integrations.calls import ReduceOp, coalesced, is_sum, spelled
 from commlib.integrations.choices import (
@@ -257,7 +257,7 @@ class ProcessGroup(Base):  # type: ignore[misc]
 
     def shutdown(self) -> None:
         groups.stop(self)
-        p2p.forget(self)
+        routes.forget(self)
         super().shutdown()
         if GLOO in self.inner_backends.values():
             # A DDP model that goes after this destroys gloo with the GIL held and waits for its

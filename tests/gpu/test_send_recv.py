@@ -12,7 +12,7 @@ import commlib.distributed as dist
 from commlib.codecs import codec
 from commlib.collectives import Mail
 from commlib.feedback import Compressor
-from commlib.integrations import p2p
+from commlib.integrations import routes
 from commlib.transport import ThreadTransport, run_ranks
 from tests.communicators import data
 from tests.gpu.nccl import DEVICE, Ranks, busy, gpu, needs_gpu, same
@@ -90,7 +90,7 @@ def both_ways() -> tuple[bool, int, int]:
         work.wait()
     right = torch.equal(counts.cpu(), torch.full((4,), peer))
     error = float((out.cpu() - data(peer, n)).norm() / data(peer, n).norm())
-    (office,) = p2p._offices[torch_dist.group.WORLD].values()
+    (office,) = routes._offices[torch_dist.group.WORLD].values()
     return right and 0 < error < 0.02, len(works), office.mail.outstanding
 
 
