@@ -145,22 +145,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         top.print_help()
         return 2
-    if args.command == "bench" and args.op != "codecs" and args.min > args.max:
-        top.error(f"--min {args.min} is larger than --max {args.max} (bytes)")
-    if args.command == "bench" and args.op != "codecs" and (args.min < 1 or args.factor < 2):
-        top.error(f"--min {args.min} --factor {args.factor}: --min is at least 1, --factor 2")
-    if args.command == "bench" and args.op != "codecs" and (args.hosts or 0) > args.ranks:
-        top.error(f"--hosts {args.hosts} is more than --ranks {args.ranks}: every host runs a rank")
-    if args.command == "bench" and args.op == PAIRS:
-        with_memory = [scheme for scheme in args.schemes if "+" in scheme]
-        if with_memory:
-            top.error(f"--schemes {','.join(with_memory)}: messages have no memory; leave +ef out")
-        if args.ranks < 2:
-            top.error("--ranks 1: send_recv takes pairs of ranks, at least 2")
+    if args.command == "bench" and (refusal := _unfit(args)):
+        top.error(refusal)
     run = {"warmup": _warmup, "doctor": _doctor, "bench": _collective}[args.command]
     if args.command == "bench" and args.op == "codecs":
         run = _codecs
     return _guarded(lambda: run(args))
+
+
+def _unfit(args: argparse.Namespace) -> str:
+    """Why options of `bench`, each of them right, do not fit together; empty where they do."""
+    if args.op == "codecs":
+        return f"--size {args.size}: at least 4, one value" if args.size < 4 else ""
+    if args.min > args.max:
+        return f"--min {args.min} is larger than --max {args.max} (bytes)"
+    if args.min < 1 or args.factor < 2:
+        return f"--min {args.min} --factor {args.factor}: --min is at least 1, --factor 2"
+    if (args.hosts or 0) > args.ranks:
+        return f"--hosts {args.hosts} is more than --ranks {args.ranks}: every host runs a rank"
+    if args.op != PAIRS:
+        return _no_memory(args.op, args.schemes)
+    with_memory = [scheme for scheme in args.schemes if "+" in scheme]
+    if with_memory:
+        return f"--schemes {','.join(with_memory)}: messages have no memory; cut them at the +"
+    if args.ranks < 2:
+        return "--ranks 1: send_recv takes pairs of ranks, at least 2"
+    return ""
+
+
+def _no_memory(op: str, schemes: Sequence[str]) -> str:
+    """Which scheme remembers what no message of this collective has."""
+    from .planning import check_memory
+    from .policy import Scheme
+
+    for text in schemes:
+        try:
+            if text != "auto":
+                check_memory(op, Scheme.parse(text))
+        except ValueError as error:
+            return f"--schemes {error}"
+    return ""
 
 
 def _is_option(word: str) -> bool:
@@ -201,8 +225,8 @@ def _collective_options(
     rate = "line rate of every host, such as 200mbit; where ranks are joined only for `wire eff`"
     add("--rate", _rate, None, "RATE", rate, shown="no limit")
     add("--iters", _positive, None, "N", "rounds per size", shown="what --budget fits")
-    add("--budget", float, 20.0, "SECONDS", "for the rounds of a size")
-    add("--timeout", float, 300.0, "SECONDS", "of one collective")
+    add("--budget", _above_zero, 20.0, "SECONDS", "for the rounds of a size")
+    add("--timeout", _above_zero, 300.0, "SECONDS", "of one collective")
     add("--seed", int, 0, "N", "of the data and of random rounding")
     sub.add_argument(
         "--device",
@@ -220,7 +244,7 @@ def _codec_options(sub: argparse.ArgumentParser) -> None:
     add("--size", _size, 64 << 20, "SIZE", "of the fp32 input", shown="64MiB")
     add("--threads", _positive, 1, "N", "of torch")
     add("--iters", _positive, None, "N", "rounds per codec", shown="what --budget fits")
-    add("--budget", float, 5.0, "SECONDS", "for the rounds of a codec")
+    add("--budget", _above_zero, 5.0, "SECONDS", "for the rounds of a codec")
     add("--seed", int, 0, "N", "of the data")
     add("--json", _output, None, "FILE", "one JSON row per line, replaces FILE", shown="none")
     sub.add_argument("--no-peers", action="store_true", help="without FBGEMM, torch, bitsandbytes")
@@ -338,6 +362,12 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise ValueError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _above_zero(text: str) -> float:
+    from .demo.words import above_zero
+
+    return above_zero(text)
 
 
 @_checked

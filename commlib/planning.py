@@ -105,6 +105,8 @@ class Planning:
         plan = self._plans.get(id_)
         if plan is not None:
             return plan
+        if key is not None and not isinstance(key, str):
+            raise ValueError(f"{op}: a key is the tensor's name, such as 'w', got {key!r}")
         # one dimension may be a vector or any flat buffer
         ndim = x.ndim if x.ndim > 1 else None
         info = TensorInfo(key, numel, x.dtype, role, ndim, era, shape)
@@ -114,7 +116,7 @@ class Planning:
             chosen = raw()
         else:
             chosen = _suited(op, self._choose(info))
-        _check_memory(op, chosen)
+        check_memory(op, chosen)
         if op in INCREMENTS and chosen.lossless:
             check_sum(op, x)
         if op != "all_reduce":
@@ -181,7 +183,7 @@ class Planning:
         schemes = [raw() if plain else self._choose(info) for info in infos]
         schemes = [_suited(op, scheme) for scheme in schemes]
         for scheme in schemes:
-            _check_memory(op, scheme)
+            check_memory(op, scheme)
         if op != "all_reduce":
             schemes = [self._flat(op, scheme) for scheme in schemes]
         if not plain:
@@ -378,7 +380,7 @@ def _suited(op: str, scheme: Scheme) -> Scheme:
     return scheme.stateless()
 
 
-def _check_memory(op: str, scheme: Scheme) -> None:
+def check_memory(op: str, scheme: Scheme) -> None:
     """Refuse memories that no message of `op` has (ValueError)."""
     memory = scheme.feedback
     if not isinstance(memory, OF_PIPELINES) or (op == GATHER and memory == Delta()):

@@ -197,6 +197,11 @@ class Policy:
             return cls._of_scheme(source)
         if isinstance(source, Mapping):
             return cls._of_dict(source)
+        if not isinstance(source, str | Path):
+            raise ValueError(
+                "a policy is a scheme text such as 'int8+ef', a Scheme, a Policy, a table or the "
+                f"path of a policy file, got {source!r}"
+            )
         if isinstance(source, Path) or source.strip().endswith((".toml", ".json")):
             return cls._of_file(Path(source))
         text = source.strip()

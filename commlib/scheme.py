@@ -105,6 +105,8 @@ class Scheme:
     @classmethod
     def parse(cls, text: str) -> Scheme:
         """The scheme that `text` names. ValueError says which part is wrong and what is allowed."""
+        if not isinstance(text, str):
+            raise ValueError(f"a scheme is text such as 'int8+ef', or a Scheme, got {text!r}")
         text = text.strip()
         if not text:
             raise ValueError("the scheme text is empty; write for example int8+ef, int4:block=64")

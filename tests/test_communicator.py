@@ -413,3 +413,11 @@ def test_lengths_without_end_leave_a_bounded_number_of_plans(
         assert len(c.policy._chosen) <= 4
 
     on_ranks(2, only("bf16"), body)
+
+
+def test_a_key_is_a_name() -> None:
+    def body(c: Communicator) -> None:
+        with pytest.raises(ValueError, match="a key is the tensor's name, such as 'w', got 3"):
+            c.all_reduce(torch.ones(8), 3)  # type: ignore[arg-type]
+
+    on_ranks(1, "int8", body)

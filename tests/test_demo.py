@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from commlib import demo, emulation
+from commlib import cli, demo, emulation
 from commlib.demo import data, loss, report
 from commlib.demo.model import GPT, SHAPES, WARMUP_STEPS, Shape, optimizer, warm_up
 from commlib.demo.train import BF16_HOOK, NO_COMMUNICATION, PLAIN, Config, Run
@@ -102,6 +102,19 @@ def test_rows_sum_up_runs() -> None:
     text = report.table([plain, scheme, bound])
     assert "s to loss 3.500" in text
     assert "4.00x" in text
+
+
+def test_one_rank_sends_nothing() -> None:
+    alone = [replace(run, bytes=[0.0] * 10) for run in runs()]
+    assert [row.wire_ratio for row in report.rows(alone, Config(), 1, 1000)] == [None] * 3
+
+
+def test_an_image_of_no_kind_is_refused_before_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    small = ["--model", "small", "--rate", "none"]
+    for words in (small, [*small, "--method", "easgd"], [*small, "--pipeline"]):
+        assert cli.main(["demo", *words, "--plot", "loss.pgn"]) == 1
+        assert "--plot loss.pgn: no image is a .pgn; allowed: " in capsys.readouterr().err
 
 
 def test_a_target_may_be_out_of_reach() -> None:
@@ -204,6 +217,7 @@ def test_a_loss_run_of_coded_momentum_begins_as_plain(
         (["--loss", "--schemes", "momentum:int4+ef"], "way of AdamW alone"),
         (["--rate", "fast"], "is not a line rate"),
         (["--rounds", "0"], "at least 1"),
+        (["--bucket-mb", "-3"], "'-3' is not a number above 0"),
         (["--loss", "--schemes", "ternary+ef"], "diverges"),
         (["--loss", "--optimizers", "lamb"], "adamw, sgd"),
     ],

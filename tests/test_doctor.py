@@ -212,6 +212,17 @@ def test_kernel_cache(
     assert text in str(finding)
 
 
+def test_a_named_cache_that_is_not_used_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "1.nbc").touch()
+    monkeypatch.setattr("commlib_kernels.numba_cpu.jit.cache_dir", lambda: tmp_path)
+    monkeypatch.setenv("COMMLIB_CACHE", "/proc/nobody")
+    (finding,) = software.kernel_cache()
+    assert finding.status is Status.WARN
+    assert "COMMLIB_CACHE=/proc/nobody cannot be written" in finding.found
+
+
 def test_a_cache_that_cannot_be_written_is_a_fault(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

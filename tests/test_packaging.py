@@ -1,10 +1,13 @@
-"""The wheel holds both packages and nothing else, and works beside PyPI's package `kernels`."""
+"""The wheel holds both packages and nothing else, and works beside PyPI's package `kernels`; the
+source distribution holds what `make demo` and `make test` need.
+"""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -42,6 +45,27 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python(*pip, "--no-build-isolation", "--no-deps", "-w", str(tmp), ".", cwd=source, path=tmp)
     (built,) = tmp.glob("*.whl")
     return built
+
+
+def test_source_distribution_holds_what_make_needs(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    litter = shutil.ignore_patterns("__pycache__", "*.egg-info", "local")
+    for path in ROOT.iterdir():
+        if path.name in ("bench", "commlib", "kernels", "tests"):
+            shutil.copytree(path, source / path.name, ignore=litter)
+        elif path.is_file():
+            shutil.copy(path, source)
+    build = "from setuptools.build_meta import build_sdist as build; build('.')"
+    python("-c", build, cwd=source, path=tmp_path)
+    (built,) = source.glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"Makefile", "constraints.txt", "CHANGELOG.md", "kernels/README.md"} <= held
+    for folder in ("bench", "commlib", "kernels", "tests"):
+        files = (path for path in (source / folder).rglob("*") if path.is_file())
+        here = {str(path.relative_to(source)) for path in files if path.suffix != ".pyc"}
+        assert here <= held
 
 
 def test_wheel_holds_both_packages_and_no_tests(wheel: Path) -> None:

@@ -213,6 +213,7 @@ def test_it_is_a_value_that_copies_and_pickles() -> None:
         ("int9+ef", ["codec 'int9'"]),
         ("", ["empty"]),
         ("{not json", ["policy text is not JSON"]),
+        (8, ["a policy is a scheme text", "got 8"]),
         ({"rule": []}, ["unknown policy field 'rule'", "did you mean 'rules'"]),
         ({}, ["rules=None"]),
         ({"rules": "int8"}, ["rules='int8'"]),

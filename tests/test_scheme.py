@@ -108,6 +108,13 @@ def test_a_bad_text_is_refused_with_the_part(text: str, words: list[str]) -> Non
         assert word in str(caught.value)
 
 
+def test_what_is_no_text_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"text such as 'int8\+ef', or a Scheme, got 8"):
+        Scheme.parse(8)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="text such as 'int4:block=64', got 8"):
+        codec(8)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -96,6 +96,8 @@ def codec(text: str) -> Codec:
     Raises:
         ValueError: the name or an option is unknown, or a value is not allowed; says what is.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"a codec is named by text such as 'int4:block=64', got {text!r}")
     before, bar, last = text.strip().rpartition("|")
     begins = before.partition("|")[0].split(":")[0].strip()
     if bar and (last.strip().split(":")[0] in BEHIND or begins in CODECS):

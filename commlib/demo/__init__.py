@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..benchmark.units import parse_output
-from .words import numbers, positive, rate, words
+from .words import above_zero, numbers, positive, rate, words
 
 if TYPE_CHECKING:
     from .train import Config, Run
@@ -71,7 +71,8 @@ def parser() -> argparse.ArgumentParser:
     add("--ranks", type=positive, default=4, metavar="N", help="ranks to start (4)")
     add("--rounds", type=positive, default=6, metavar="N", help="turns of each method (6)")
     add("--round", type=positive, default=5, metavar="N", help="steps in a turn (5)")
-    add("--bucket-mb", type=float, default=3.0, metavar="MB", help="bucket_cap_mb of every DDP (3)")
+    add("--bucket-mb", type=above_zero, default=3.0, metavar="MB",
+        help="bucket_cap_mb of every DDP (3)")  # fmt: skip
     add("--target", type=float, metavar="LOSS", help="time to this held-out loss (default: the "
         "highest final loss of all methods)")  # fmt: skip
     add("--link", help=argparse.SUPPRESS)
@@ -123,7 +124,7 @@ def _start(args: argparse.Namespace, given: list[str]) -> int:
     if args.plot != "none":
         from .report import check_plot
 
-        check_plot()
+        check_plot(args.plot)
     rate = emulation.rate_here(args.rate)
     link = args.link or (f"{args.ranks} emulated hosts, {rate}" if rate else "loopback")
     command = [sys.executable, "-m", "commlib.demo", *given, "--link", link]

@@ -71,7 +71,7 @@ def rows(
                 ms_p20=1e3 * p20,
                 ms_p80=1e3 * p80,
                 bytes_per_step=sent[run.method],
-                wire_ratio=sent[PLAIN] / sent[run.method] if learns else None,
+                wire_ratio=sent[PLAIN] / sent[run.method] if learns and sent[run.method] else None,
                 loss=run.held_out[-1][1] if learns else None,
                 target=target,
                 seconds_to_target=_passes(curve, target),
@@ -148,18 +148,20 @@ def draw(
     pyplot.close(figure)
 
 
-def check_plot() -> None:
-    """Raise RuntimeError, before anything ran, where images cannot be drawn."""
+def check_plot(file: str) -> None:
+    """Raise RuntimeError, before anything ran, where this image cannot be drawn."""
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
         raise RuntimeError(
             "the plot needs matplotlib: `pip install '.[plot]'` in a checkout, or pass --plot none"
         ) from None
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if (kind := Path(file).suffix[1:].lower()) and kind not in kinds:
+        raise RuntimeError(f"--plot {file}: no image is a .{kind}; allowed: {', '.join(kinds)}")
 
 
 def _pyplot() -> Any:
-    check_plot()
     import matplotlib
 
     matplotlib.use("Agg")

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from importlib import import_module, metadata
+from pathlib import Path
 
 from .finding import Finding, fault, ok, warn
 
@@ -184,7 +185,10 @@ def kernel_cache() -> Iterator[Finding]:
     except OSError as error:
         yield fault(what, f"{folder} cannot be written: {error.strerror}", todo)
         return
-    if folder.is_relative_to(tempfile.gettempdir()) and "COMMLIB_CACHE" not in os.environ:
+    asked = os.environ.get("COMMLIB_CACHE")
+    if asked and not folder.is_relative_to(Path(asked).expanduser()):
+        yield warn(what, f"{found}; COMMLIB_CACHE={asked} cannot be written", todo)
+    elif folder.is_relative_to(tempfile.gettempdir()) and "COMMLIB_CACHE" not in os.environ:
         yield warn(what, f"{found}; the home folder cannot be written", todo)
     elif not kept:
         yield warn(what, found, "`commlib warmup`, or the first training steps wait for compiles")

@@ -51,6 +51,7 @@ from commlib.integrations.pipeline_edges import (
 )
 from commlib.integrations.pipeline_hooks import Samples
 from commlib.integrations.pipeline_memory import Memory
+from commlib.integrations.pipeline_policy import why_exact
 from commlib.integrations.pipeline_wires import Due, decode, sample, with_wire
 from commlib.modes import Delta, Reuse
 from commlib.plans import is_exact, why_raw
@@ -358,7 +359,7 @@ class Pipeline(Memory):
         info = TensorInfo(edge.key, numel, shape.dtype, role, len(shape.sizes))
         scheme = self.policy.choose(info)
         if scheme.lossless:
-            reason = why_raw(self.policy, info)
+            reason = why_raw(self.policy, info) or why_exact(self.policy, info)
             if reason is not None:
                 self.meter.not_compressed(edge.key, reason)
         return scheme

@@ -9,7 +9,7 @@ from typing import Any
 from commlib.boundary import told
 from commlib.integrations.pipeline_edges import ROLES
 from commlib.modes import Plain, Reuse
-from commlib.policy import Policy, Role, Rule, Scheme, check_mode
+from commlib.policy import Policy, Role, Rule, Scheme, TensorInfo, check_mode
 from commlib.stamp import WIRE_VERSION
 
 PolicyLike = str | Scheme | Policy | dict[str, Any]
@@ -49,6 +49,23 @@ def parse(policy: PolicyLike | None, backward: PolicyLike | None) -> Policy:
 def told_policy(policy: Policy) -> Policy:
     """What all ranks must have alike: not where each keeps its references."""
     return Policy(tuple(replace(rule, scheme=told(rule.scheme)) for rule in policy.rules))
+
+
+def why_exact(policy: Policy, info: TensorInfo) -> str | None:
+    """Of a message below the size at which the policy begins to code; None: it codes none.
+
+    Small parameters stay exact beside large ones without a word; a pipeline's messages have one
+    size, and all of them may be below.
+    """
+    for rule in policy.rules:
+        larger = info._replace(numel=rule.min_numel)
+        if info.numel < rule.min_numel and not rule.scheme.lossless and rule.matches(larger):
+            return (
+                f"it has {info.numel} values, and the rule for {rule.scheme} begins at "
+                f"{rule.min_numel}: make micro-batches larger, or give a policy whose rule has a "
+                "smaller min_numel"
+            )
+    return None
 
 
 def facts_of(stage: Any, policy: Policy, kind: str, seed: int) -> dict[str, Any]:

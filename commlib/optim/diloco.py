@@ -38,7 +38,7 @@ import torch
 
 from commlib.communicator import Communicator
 from commlib.optim.outer import Outer, Sync
-from commlib.optim.replicas import strangers
+from commlib.optim.replicas import check_communicator, strangers
 from commlib.work import Work
 
 
@@ -92,6 +92,7 @@ class DiLoCo(Outer):
         mix: float | None = None,
         on_sync: Callable[[Sync], None] | None = None,
     ) -> None:
+        check_communicator(type(self).__name__, communicator)
         super().__init__(
             params,
             inner,

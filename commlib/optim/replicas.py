@@ -18,6 +18,15 @@ import torch
 from commlib.communicator import Communicator
 
 
+def check_communicator(what: str, given: object) -> None:
+    """Refuse what is no communicator, such as its policy alone (ValueError)."""
+    if not isinstance(given, Communicator):
+        raise ValueError(
+            f"{what}: communicator is {given!r}, allowed: a commlib.Communicator, such as "
+            "commlib.Communicator(None, 'int8') for the default group"
+        )
+
+
 class Named(NamedTuple):
     """A parameter, its name, and the options of its group."""
 
@@ -47,6 +56,7 @@ class Replicas(torch.optim.Optimizer):
     def __init__(
         self, params: Iterable[Any], communicator: Communicator, defaults: dict[str, Any]
     ) -> None:
+        check_communicator(type(self).__name__, communicator)
         self.communicator = communicator
         super().__init__(params, defaults)
 

@@ -270,6 +270,20 @@ def the_table() -> None:
     assert scheme in text
 
 
+def below_what_the_policy_codes() -> None:
+    """All messages of a pipeline have one size: where that is too small, nothing is coded."""
+    schedule = commlib.wrap(build("1F1B"), "int4", backward="int8")
+    x = batch(0, BATCH, 2, WIDTH)
+    if dist.get_rank():
+        schedule.step(target=x)
+    else:
+        schedule.step(x)
+    assert {row["scheme"] for row in rows(schedule).values()} == {"fp32"}
+    scheme = "int8" if dist.get_rank() else "int4"
+    told = f"it has {SAMPLES * 2 * WIDTH} values, and the rule for {scheme} begins at 1024"
+    assert told in commlib.of(schedule).stats()
+
+
 def broken(*_: Any, **__: Any) -> None:
     raise RuntimeError("no such batch")
 
@@ -317,6 +331,7 @@ def nothing_holds_the_group() -> None:
         (two_pipelines_in_one_group, 2),
         (memory_stays, 2),
         (the_table, 2),
+        (below_what_the_policy_codes, 2),
         (nothing_holds_the_group, 2),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

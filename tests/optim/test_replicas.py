@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from commlib import Communicator
-from commlib.optim import EF21, OneBitAdam
+from commlib.optim import EF21, DiLoCo, OneBitAdam
 from commlib.transport import run_ranks
 from tests.communicators import on_ranks, only
 from tests.optim.models import same
@@ -35,6 +35,15 @@ def refuse(params: Any, message: str) -> None:
                 make(params(), c)
 
     on_ranks(1, "fp32", body)
+
+
+def test_a_policy_is_no_communicator() -> None:
+    def diloco(params: Any, c: Any) -> DiLoCo:
+        return DiLoCo(params, torch.optim.SGD(model().parameters(), 0.1), c, period=2)
+
+    for make in (adam, lambda params, c: EF21(params, c, 0.1), diloco):
+        with pytest.raises(ValueError, match=r"communicator is 'sign', allowed: .*Communicator\("):
+            make(model().named_parameters(), "sign")
 
 
 def parameter(**how: Any) -> nn.Parameter:

@@ -133,7 +133,7 @@ def _start(args: argparse.Namespace, given: list[str]) -> int:
     if args.plot != "none" and not args.loss:
         from ..report import check_plot
 
-        check_plot()
+        check_plot(args.plot)
     wanted = emulation.rate_here(None if args.loss else args.rate)
     command = [sys.executable, "-m", "commlib.demo", "--pipeline", *given]
     if wanted is None:

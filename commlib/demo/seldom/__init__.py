@@ -99,7 +99,7 @@ def main(given: Sequence[str]) -> int:
     if args.plot != "none":
         from ..report import check_plot
 
-        check_plot()
+        check_plot(args.plot)
     return _lead(args, list(given))
 
 
