@@ -254,6 +254,13 @@ class FSDPState(State):
     def _for_parameters(self, group: Group) -> Communicator:
         return self._find(PARAMETERS, group.shard_group)
 
+    def _told_raw(self, group: Group, why: str) -> None:
+        """Parameters of `group` are gathered by torch."""
+        found = self._for_parameters(group)
+        if not found.policy.lossless:
+            more = f" +{len(group.names) - 1}" if len(group.names) > 1 else ""
+            found.meter.not_compressed(f"{group.names[0]}{more}", why)
+
     def _for_replicas(self, group: Group, segments: Segments, x: torch.Tensor) -> Communicator:
         return self._watch(REPLICAS, group.replica_group, segments, x, 1)
 
