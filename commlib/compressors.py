@@ -132,6 +132,14 @@ class Compressors:
         for compressor in self._made.values():
             compressor.reset(in_place=in_place)
 
+    def reset_hosts(self) -> int:
+        """Forget what hierarchical schemes remember; how many bytes that was."""
+        found = [made for (_, _, of), made in self._made.items() if isinstance(of, Hierarchical)]
+        held = sum(compressor.nbytes() for compressor in found)
+        for compressor in found:
+            compressor.reset()
+        return held
+
     def rescale(self, factor: float) -> None:
         for compressor in self._made.values():
             compressor.rescale(factor)

@@ -80,6 +80,7 @@ class Engine(Planning):
         self._steps: dict[str, int] = {}  # messages of a key, where the policy changes with them
         self._eras = any(rule.from_step for rule in self.policy.rules)
         self.nodes: tuple[Ranks, ...] = ()  # the ranks of each host, once a message needs them
+        self._saved_nodes = ""  # those that loaded residuals are of
         self._told: set[tuple[str, Scheme]] = set()
         self.profile: Profile | None = None  # what "auto" has measured
         if auto and self.size > 1:
@@ -104,6 +105,7 @@ class Engine(Planning):
             "compressors": self._compressors.state_dict(),
             "steps": dict(self._steps),
             "copies": self._copies.state_dict(),
+            "nodes": str(self.nodes) if self.nodes else self._saved_nodes,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -129,6 +131,8 @@ class Engine(Planning):
             self._compressors.load_state_dict(state["compressors"])
             self._steps = dict(state["steps"])
             self._copies.load_state_dict(state["copies"])
+            self._saved_nodes = state.get("nodes", "")
+            self._check_nodes()
             self._carrier.captures.forget()
             if self._eras:  # residuals may be under the schemes of an earlier step
                 self._plans.clear()

@@ -66,6 +66,7 @@ class Planning:
     seed: int
     meter: Meter
     nodes: tuple[Ranks, ...]
+    _saved_nodes: str
     _auto: bool
     _carrier: Carrier
     _compressors: Compressors
@@ -269,7 +270,23 @@ class Planning:
                 self._carrier.divide([*nodes, *columns_of(nodes)])
             logger.info("the %d ranks by host: %s", self.size, nodes)
             self.nodes = nodes
+            self._check_nodes()
         return str(self.nodes)
+
+    def _check_nodes(self) -> None:
+        """Let go of residuals that were saved where the ranks were on hosts in another way.
+
+        Each is of a part of the sum of a host; the part that this rank has now is another.
+        """
+        saved, self._saved_nodes = self._saved_nodes, self._saved_nodes if not self.nodes else ""
+        if self.nodes and saved not in ("", str(self.nodes)):
+            dropped = self._compressors.reset_hosts()
+            if dropped and self.rank == 0:
+                logger.warning(
+                    "the ranks by host are %s, and were %s where the residuals of @hierarchical "
+                    "schemes were saved: these (%d bytes on rank 0) start from zero",
+                    self.nodes, saved, dropped,
+                )  # fmt: skip
 
     def _ready(self, message: Message) -> None:
         """Make the compressors of a message; ValueError where their residuals do not fit it."""

@@ -239,6 +239,43 @@ def test_resumed_is_bitwise_uninterrupted_whatever_the_grouping(
     on_hosts(monkeypatch, "aabab", policy, body)
 
 
+@pytest.mark.parametrize(("letters", "stays"), [("bbaa", True), ("abab", False), ("abcd", False)])
+def test_residuals_saved_on_other_hosts_are_let_go(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, letters: str, stays: bool
+) -> None:
+    """The part of the sum that a rank owns, and owes of, is another there: of the same size."""
+
+    def step(c: Communicator, number: int) -> torch.Tensor:
+        x = data(c.rank, 4096, number)
+        c.all_reduce(x, "w")
+        return x
+
+    def body(c: Communicator) -> Any:
+        step(c, 0)
+        saved = c.state_dict()
+        return saved, step(c, 1)
+
+    before = on_hosts(monkeypatch, "aabb", SCHEME, body)
+
+    def resumed(c: Communicator) -> Any:
+        c.load_state_dict(before[c.rank][0])
+        assert c.state_dict()["nodes"] == "((0, 1), (2, 3))"
+        return step(c, 1)
+
+    def fresh(c: Communicator) -> torch.Tensor:
+        return step(c, 1)
+
+    anew = on_hosts(monkeypatch, letters, SCHEME, fresh)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "commlib"):
+        found = on_hosts(monkeypatch, letters, SCHEME, resumed)
+    want = [x for _, x in before] if stays else anew
+    assert all(map(torch.equal, found, want))
+    told = [text for text in caplog.messages if "were ((0, 1), (2, 3))" in text]
+    assert len(told) == (0 if stays else 1)
+    assert stays or not torch.equal(before[0][1], anew[0])
+
+
 def test_values_that_stay_exact_are_summed_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Riding along, in a message of their own, or beside another scheme: the same bits."""
     rules = [{"scheme": "int8+ef", "key": "flat*"}, {"scheme": SCHEME, "min_ndim": 2}]

@@ -13,13 +13,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import distributed_c10d
 
 from commlib.communicator import Communicator
 from commlib.integrations import groups, routes
+from commlib.integrations.backend import NAME
 from commlib.plans import is_exact, why_raw
 from commlib.policy import EXACT_BELOW_NUMEL, Policy, Role, Rule, TensorInfo
 from commlib.scheme import DTYPES
 from commlib.transport import backends
+
+c10d: Any = distributed_c10d  # its table of groups is missing from the stubs
 
 # What a call carries; numbers, as the hash of a `Role` takes too long for every call.
 GRADIENT, ACTIVATION, PARAMETER, MESSAGE = range(4)
@@ -112,6 +116,9 @@ class Choices:
     def _choose(self, what: int, numel: int, x: torch.Tensor) -> bool:
         group = self._group()
         assert group is not None
+        self._devices -= _of_others(group)
+        if x.device.type not in self._devices:
+            return False
         if what == MESSAGE:
             return routes.is_compressed(group, x)
         policy, role = groups.policy(group), ROLES[what]
@@ -142,3 +149,12 @@ class Choices:
             and x.device == like.device
             and x.device.type in self._devices
         )
+
+
+def _of_others(group: dist.ProcessGroup) -> set[str]:
+    """The types of devices that the user gave to another backend: the CPU of
+    "cpu:gloo,cuda:commlib". torch leaves their calls to this group as well, and only writes down
+    what was asked for, once the group is made.
+    """
+    pairs = (pair.split(":") for pair in c10d._world.pg_backend_config.get(group, "").split(","))
+    return {pair[0] for pair in pairs if pair[-1] != NAME}

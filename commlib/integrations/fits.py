@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from commlib.algorithms import TwoPhase, unknown
+from commlib.algorithms import Hierarchical, TwoPhase, unknown
 from commlib.communicator import Communicator
 from commlib.compressors import apart, text_of
 from commlib.feedback import OWNER
@@ -57,6 +57,8 @@ def check_fits(
     """
     policy, auto = planned or (communicator.policy, communicator._auto)
     for text, memory in saved["compressors"].items():
+        # of its host's part of the sum, whose size the first message tells
+        of_hosts = isinstance(Scheme.parse(text).algorithm, Hierarchical)
         for key, h in memory["residuals"].items():
             name = key.removesuffix(OWNER)
             if not h.any():  # owes nothing, such as one of a tensor that travels raw
@@ -64,7 +66,8 @@ def check_fits(
             if tensors and name not in tensors:
                 raise ValueError(f"saved residuals: {unknown('parameter', name, tensors)}")
             info = tensors.get(name)
-            if info is not None and name == key and h.dim() == 1 + (name in shapes):
+            whole = name == key and h.dim() == 1 + (name in shapes) and not of_hosts
+            if info is not None and whole:
                 numel = info.numel
                 if name in shapes:
                     first, size = shapes[name][0], communicator.size

@@ -91,8 +91,11 @@ def wrap(
     check_gradients(state.policy if policy is None else parsed(policy), torch_groups)
     if gathers is not None:
         check_parameters(gathers)
+    names = names_of(model)
+    own = [tuple(names[key_of(p)] for p in group.fsdp_params) for group in torch_groups]
+    _check_names(torch_groups, own)
     state._configure(policy, gathers, seed, timeout)
-    state._bind(model, torch_groups)
+    state._bind(torch_groups, own)
     return model
 
 
@@ -251,6 +254,13 @@ class FSDPState(State):
     def _for_parameters(self, group: Group) -> Communicator:
         return self._find(PARAMETERS, group.shard_group)
 
+    def _told_raw(self, group: Group, why: str) -> None:
+        """Parameters of `group` are gathered by torch."""
+        found = self._for_parameters(group)
+        if not found.policy.lossless:
+            more = f" +{len(group.names) - 1}" if len(group.names) > 1 else ""
+            found.meter.not_compressed(f"{group.names[0]}{more}", why)
+
     def _for_replicas(self, group: Group, segments: Segments, x: torch.Tensor) -> Communicator:
         return self._watch(REPLICAS, group.replica_group, segments, x, 1)
 
@@ -345,15 +355,13 @@ class FSDPState(State):
         self.timeout = self.timeout if timeout is None else timeout
         self.close()
 
-    def _bind(self, model: nn.Module, torch_groups: list[Any]) -> None:
-        names = names_of(model)
+    def _bind(self, torch_groups: list[Any], names: list[tuple[str, ...]]) -> None:
         self._groups = []
-        for torch_group in torch_groups:
+        for torch_group, own in zip(torch_groups, names, strict=True):
             group = torch_group.__dict__.get(MINE)
             if group is None:
                 group = Group(torch_group)
                 setattr(torch_group, MINE, group)
-            own = [names[key_of(parameter)] for parameter in torch_group.fsdp_params]
             group.attach(self, own, gathers=self.parameters is not None)
             self._groups.append(group)
         carried = self._carried() if self._watched else {}
@@ -380,6 +388,21 @@ def _state(torch_groups: list[Any]) -> FSDPState | None:
             state: FSDPState = group.state
             return state
     return None
+
+
+def _check_names(torch_groups: list[Any], names: list[tuple[str, ...]]) -> None:
+    """Refuse a part of a wrapped model, or a whole with wrapped parts (ValueError).
+
+    They would share one state, under other names: two parts have parameters of the same name.
+    """
+    for torch_group, new in zip(torch_groups, names, strict=True):
+        group = torch_group.__dict__.get(MINE)
+        if group is not None and group.names != new:
+            raise ValueError(
+                f"the parameter {new[0]!r} was wrapped before as {group.names[0]!r}: call wrap on "
+                "the same module as then; for schemes by parts of a model wrap the whole, with "
+                "rules by key"
+            )
 
 
 def _of_parameters(policy: PolicyLike | None) -> Policy | None:

@@ -86,9 +86,16 @@ class AllGather(Comm):
     ) -> Any:
         mine = self.group
         segments = mine.all_segments()
-        # Other ranks: resharded after forward to fewer of them. Other elements: tensor subclasses
-        # with a gather format of their own.
-        if group is not mine.shard_group or input_tensor.numel() != sum(segments.sizes):
+        why = ""
+        if group is not mine.shard_group:  # resharded after forward
+            why = f"FSDP2 gathers it among {group.size()} ranks in backward (reshard_after_forward)"
+        elif input_tensor.numel() != sum(segments.sizes):
+            why = (
+                "FSDP2 gathers bytes: the module's parameters have several dtypes, or a format of "
+                "their own"
+            )
+        if why:
+            mine.state._told_raw(mine, why)
             return self.inner(output_tensor, input_tensor, group, async_op)
         work = mine.state._for_parameters(mine).all_gather_segments(
             output_tensor, input_tensor, *segments, async_op=True, unchanged=mine.in_backward

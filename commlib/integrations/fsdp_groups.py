@@ -120,9 +120,10 @@ class Group:
 
     @property
     def reduce_dtype(self) -> torch.dtype:
-        """Of the gradients as they travel."""
-        mixed = self.torch.mp_policy
-        dtype: torch.dtype = self.torch.fsdp_params[0].sharded_param.dtype
+        """Of the gradients as they travel; frozen parameters have none, and may be integers."""
+        mixed, shards = self.torch.mp_policy, [p.sharded_param for p in self.torch.fsdp_params]
+        trained = next((shard for shard in shards if shard.requires_grad), shards[0])
+        dtype: torch.dtype = trained.dtype
         return mixed.reduce_dtype or mixed.param_dtype or dtype
 
     @property

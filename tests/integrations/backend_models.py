@@ -118,6 +118,25 @@ def groups_of_ranks() -> None:
     dist.barrier()
 
 
+def devices_of_other_backends() -> None:
+    """ "cpu:gloo,cuda:commlib": torch gives all of it to commlib, which leaves the CPU to gloo."""
+    size, following = dist.get_world_size(), (dist.get_rank() + 1) % dist.get_world_size()
+    for backend, lossy in (("cpu:gloo,cuda:commlib", False), ("cpu:commlib", True)):
+        group = dist.new_group(backend=backend, pg_options=commlib.Options("int8"))
+        x = mine(N)
+        dist.all_reduce(x, group=group)
+        near(x, total(N), lossy=lossy)
+        y = torch.empty(N)
+        ops = [
+            dist.P2POp(dist.isend, mine(N), following, group),
+            dist.P2POp(dist.irecv, y, (dist.get_rank() - 1) % size, group),
+        ]
+        for work in dist.batch_isend_irecv(ops):
+            work.wait()
+        near(y, values((dist.get_rank() - 1) % size, N), lossy=lossy)
+        dist.destroy_process_group(group)
+
+
 def policy_is_found_and_changed() -> None:
     """Under commlib: a new group inherits the backend; its policy is its own, and can change."""
     import commlib.distributed as ours

@@ -60,6 +60,21 @@ def resume_is_bitwise(folder: str) -> None:
         assert torch.equal(train(again, 3, start=3), uninterrupted), policy
 
 
+def resume_by_hosts_is_bitwise() -> None:
+    """Under @hierarchical a rank remembers its part of its host's sum, not whole tensors."""
+    with mock.patch.dict("os.environ", {"NCCL_HOSTID": "aabb"[dist.get_rank()]}):
+        policy = "int4+ef@hierarchical"
+        uninterrupted = train(commlib.wrap(DDP(mlp()), policy), 6)
+        model = commlib.wrap(DDP(mlp()), policy)
+        train(model, 2)
+        commlib.wrap(model, timeout=20.0)  # which carries the residuals over
+        train(model, 1, start=2)
+        again = commlib.wrap(DDP(mlp(seed=5)), policy)
+        again.module.load_state_dict(model.module.state_dict())
+        commlib.of(again).load_state_dict(commlib.of(model).state_dict())
+        assert torch.equal(train(again, 3, start=3), uninterrupted)
+
+
 def state_is_of_one_rank() -> None:
     model = commlib.wrap(DDP(mlp()), "int8+ef")
     train(model, 1)
@@ -317,6 +332,10 @@ def one_rank() -> None:
 )
 def test_ddp_state(pool: Pool, case: Any) -> None:
     pool.run(case, ranks=2)
+
+
+def test_resume_by_hosts_is_bitwise(pool: Pool) -> None:
+    pool.run(resume_by_hosts_is_bitwise, ranks=4)
 
 
 def test_one_rank_is_exact(pool: Pool) -> None:

@@ -346,6 +346,14 @@ def refusals() -> None:
     value_error("does not take +delta", "'int8'")(lambda: commlib.wrap(sharded(), "int8+delta"))
     value_error("int8@ring", "leave @ring out")(lambda: commlib.wrap(sharded(), "int8@ring"))
 
+    whole, parts = commlib.wrap(sharded(), "int4+ef"), sharded()
+    for block in whole.blocks:  # which would have one residual for both
+        value_error("'0.weight'", "'blocks.", "rules by key")(lambda b=block: commlib.wrap(b))
+    assert str(commlib.of(commlib.wrap(whole)).policy).startswith("int4")
+    for block in parts.blocks:
+        commlib.wrap(block, "int8+ef")
+    value_error("'blocks.0.0.weight'", "'0.weight'")(lambda: commlib.wrap(parts))
+
     class Own:
         def __call__(self, *_: Any) -> None: ...
 

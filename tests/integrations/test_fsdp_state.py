@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import commlib
 from commlib.integrations.ranked import unranked
@@ -28,7 +29,7 @@ def steps(model: Any, which: range) -> dict[str, torch.Tensor]:
     for step in which:
         loss(model, step).backward()
         with torch.no_grad():
-            for p in model.parameters():
+            for p in (p for p in model.parameters() if p.requires_grad):
                 p -= 0.1 * p.grad
                 p.grad = None
     return shards(model)
@@ -106,6 +107,31 @@ def rules_may_name_the_role() -> None:
     assert list(state.communicators) == ["gradients", "parameters"]
 
 
+class Codes(nn.Module):
+    """Frozen weights of 8 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        codes = torch.arange(48 * 48).remainder(251).to(torch.uint8).view(48, 48)
+        self.codes = nn.Parameter(codes, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float() @ (self.codes.float() / 255)
+
+
+def frozen_integers_are_no_gradients() -> None:
+    """The gradients' dtype is that of the parameters that have some. Gathered together with
+    integers they go as bytes, uncompressed, and that is told."""
+    model = sharded(nn.Sequential(Codes(), nn.Linear(48, 30)))
+    commlib.wrap(model, "int4+ef", parameters="int8")
+    state = commlib.of(model)
+    steps(model, range(2))
+    assert unranked(state.state_dict())["memory"]["gradients"]["compressors"]
+    state.load_state_dict(state.state_dict())
+    assert "0.codes +2" in state.stats()
+    assert "gathers bytes" in state.stats()
+
+
 def padding_remembers_nothing() -> None:
     """30 rows over 4 ranks are 8 each: the last two rows of the last rank's are nobody's."""
     model = commlib.wrap(sharded(), "int4+ef")
@@ -136,6 +162,7 @@ def test_state(pool: Pool) -> None:
         resuming_is_bitwise,
         wrapping_again,
         rules_may_name_the_role,
+        frozen_integers_are_no_gradients,
         another_ranks_state_is_refused,
         ranks=3,
         timeout=PATIENCE,

@@ -77,7 +77,7 @@ def test_fsdp_and_hsdp(pool: Pool) -> None:
 
 
 def test_groups_of_a_gloo_world(pool: Pool) -> None:
-    pool.run(each, models.groups_of_ranks, models.meshes, ranks=4)
+    pool.run(each, models.groups_of_ranks, models.devices_of_other_backends, models.meshes, ranks=4)
 
 
 def test_policy_of_a_new_group(pool: Pool) -> None:
