@@ -57,7 +57,7 @@ class Communicator(Engine):
         Raises: ValueError before anything is sent; RuntimeError where ranks disagree or one fails.
         """
         times = self._factor(factor, x)
-        plan = self._plan("all_reduce", x, key, role, scheme)
+        plan = self._plan("all_reduce", x, key, role, scheme, factor=times)
         if plan.lossless and not async_op:
             done = self._carrier.native(plan, x, times)
             if done is not None:
@@ -96,7 +96,9 @@ class Communicator(Engine):
             own: called instead where nothing is compressed: a collective of the library's own.
         """
         times = self._factor(factor, x)
-        plan = self._segments("all_reduce", x, keys, sizes, ndims, numels, role, shapes=shapes)
+        plan = self._segments(
+            "all_reduce", x, keys, sizes, ndims, numels, role, shapes=shapes, factor=times
+        )
         if plan.lossless and own is not None:
             return _done(own, x)
         flat, held = x.detach().view(-1), tuple(hold)
@@ -118,7 +120,7 @@ class Communicator(Engine):
         """`out` becomes `factor` times the sum over ranks of their row `rank` of `x` (W rows)."""
         self._check_rows("reduce_scatter", x, out, wide="x")
         times = self._factor(factor, x)
-        plan = self._plan("reduce_scatter", x, key, role, scheme)
+        plan = self._plan("reduce_scatter", x, key, role, scheme, factor=times)
         flat, row = x.detach().view(-1), out.detach().view(-1)
 
         def steps(m: Message, t: Transport) -> Steps:
@@ -156,7 +158,9 @@ class Communicator(Engine):
         """
         self._check_rows("reduce_scatter_segments", x, out, wide="x")
         times = self._factor(factor, x)
-        plan = self._segments("reduce_scatter", x, keys, sizes, ndims, numels, role, self.size)
+        plan = self._segments(
+            "reduce_scatter", x, keys, sizes, ndims, numels, role, self.size, factor=times
+        )
         if plan.lossless and own is not None:
             return _done(own, out)
         flat, row = x.detach().view(-1), out.detach().view(-1)

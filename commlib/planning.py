@@ -94,15 +94,20 @@ class Planning:
         role: Role,
         scheme: str | Scheme | None,
         detail: int | None = None,
+        factor: float | None = None,
     ) -> Plan:
-        """The plan of a call on one tensor, agreed. `detail`: what else tells calls apart."""
+        """The plan of a call on one tensor, agreed.
+
+        detail: what else tells calls apart. factor: of a sum.
+        """
         check_tensor(op, x, self.transport.device)
         # unequal parts have sizes of their own on every rank, and are chosen for one by one
         by_part = op == PARTS and scheme is None and not is_exact()
         numel = 0 if op == PARTS else x.numel()
         era = self._era((key or op,))
         shape = tuple(x.shape) if op == ALL_REDUCE and self._goes_by_shape(scheme) else None
-        id_ = (op, key, numel, x.dtype, x.ndim > 1, role, scheme, is_exact(), era, detail, shape)
+        how = (role, scheme, is_exact(), detail, self._kind(factor))
+        id_ = (op, key, numel, x.dtype, x.ndim > 1, shape, era, *how)
         plan = self._plans.get(id_)
         if plan is not None:
             return plan
@@ -130,7 +135,7 @@ class Planning:
             plan.messages[0].name = "by part"
         if detail is not None:
             plan.text["detail"] = detail
-        self._adopt(id_, plan)
+        self._adopt(id_, plan, factor)
         if key is None:
             self._passing.append(id_)
             if len(self._passing) > ANONYMOUS_PLANS:  # by the number agreed on, as on all ranks
@@ -149,15 +154,16 @@ class Planning:
         role: Role,
         rows: int = 0,
         shapes: tuple[tuple[int, ...], ...] | None = None,
+        factor: float | None = None,
     ) -> Plan:
         """The plan of a call on named segments of `x`, agreed.
 
-        rows: how often `x` has them, for reduce_scatter. shapes: of whole tensors.
+        rows: how often `x` has them, for reduce_scatter. shapes: of whole tensors. factor: of sums.
         """
         check_tensor(op, x, self.transport.device)
         plain, era = is_exact(), self._era(keys)
         shapes = shapes if self.policy.shaped else None
-        id_ = (op, keys, sizes, numels, x.dtype, role, plain, era, shapes)
+        id_ = (op, keys, sizes, numels, x.dtype, role, plain, era, shapes, self._kind(factor))
         plan = self._plans.get(id_)
         if plan is not None:
             return plan
@@ -197,7 +203,7 @@ class Planning:
             op, keys, sizes, schemes, x.dtype,
             lossless=own, exactly=exactly, rows=rows, shapes=shapes,
         )  # fmt: skip
-        self._adopt(id_, plan)
+        self._adopt(id_, plan, factor)
         return plan
 
     def _bring_along(self, op: str, infos: Sequence[TensorInfo], schemes: Sequence[Scheme]) -> None:
@@ -235,7 +241,7 @@ class Planning:
     def _next(self, info: TensorInfo) -> TensorInfo:
         return info._replace(step=self._steps.get(info.key or "", 0))
 
-    def _adopt(self, id_: Any, plan: Plan) -> None:
+    def _adopt(self, id_: Any, plan: Plan, factor: float | None) -> None:
         """Agree on a new plan and keep it. ValueError where residuals would not fit it."""
         self._carrier.refuse(plan)
         policy = str(self.policy)
@@ -246,6 +252,8 @@ class Planning:
         text = {"op": plan.op, "key": plan.label, **plan.text}
         text |= {"policy": policy, "seed": self.seed, "wire": WIRE_VERSION}
         text["COMMLIB_CHECK"] = self._carrier.checking
+        if factor is not None:
+            text["factor"] = factor
         if any(message.hierarchical for message in plan.messages):
             nodes = self._find_nodes(text)
             text["nodes"] = nodes if len(nodes) <= SHOWN else digest(nodes)
@@ -368,6 +376,15 @@ class Planning:
         if factor != 1.0 and not (x.is_floating_point() or x.is_complex()):
             raise ValueError(f"factor {factor} needs a floating tensor, got {x.dtype}; use 'sum'")
         return float(factor)
+
+    def _kind(self, factor: float | None) -> str | None:
+        """What plans keep of a factor: sums and means are told apart, numbers may change by step.
+
+        Owners multiply: ranks with other factors would each have chunks of one and of the other.
+        """
+        if factor is None:
+            return None
+        return "sum" if factor == 1.0 else "avg" if factor == 1.0 / self.size else "number"
 
     def _options(self, message: Message) -> dict[str, Any]:
         """What the algorithm of a message takes beyond what all take."""

@@ -80,6 +80,22 @@ def test_bad_input_touches_nothing(call: Callable[[Communicator], Any], message:
             ],
             ["all_gather", "all_reduce"],
         ),
+        (
+            [
+                lambda c: c.all_reduce(torch.ones(4000), "w", factor="sum"),
+                lambda c: c.all_reduce(torch.ones(4000), "w", factor="avg"),
+            ],
+            ["factor: rank 1 has 0.5, rank 0 has 1.0"],
+        ),
+        (
+            [
+                lambda c: c.reduce_scatter_segments(
+                    torch.ones(40), torch.ones(80), ("w",), (40,), factor=0.25 + c.rank
+                ),
+            ]
+            * 2,
+            ["factor: rank 1 has 1.25, rank 0 has 0.25"],
+        ),
     ],
 )
 def test_mismatched_plans_raise_on_all_ranks_and_send_nothing(calls: Any, words: list[str]) -> None:
@@ -96,6 +112,17 @@ def test_mismatched_plans_raise_on_all_ranks_and_send_nothing(calls: Any, words:
     for word in words:
         assert word in texts[0]
     assert "disagree" in texts[1]
+
+
+def test_a_number_that_changes_by_step_needs_no_new_plan() -> None:
+    def body(c: Communicator) -> None:
+        for step in range(3):
+            x = torch.ones(4000)
+            c.all_reduce(x, "w", factor=1 / (step + 3), scheme="fp32")
+            assert torch.equal(x, torch.full_like(x, 2 * (1 / (step + 3))))
+        assert len(c._plans) == 1
+
+    on_ranks(2, "int8+ef", body)
 
 
 def test_mismatched_policies_are_named() -> None:
