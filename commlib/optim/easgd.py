@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from commlib.optim.center import flat, spread
+from commlib.optim.fragments import check_none_added
 from commlib.optim.link import End, check_takes
 from commlib.optim.pprs import check_number
 from commlib.optim.ticks import check_count
@@ -121,8 +122,9 @@ class EASGD:
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """An exchange where it is time, and the optimizer's step; what `closure` returned.
 
-        Raises: RuntimeError: the centre is gone.
+        Raises: RuntimeError: the centre is gone, or the optimizer has got other parameters.
         """
+        check_none_added("EASGD", self.optimizer, len(self._params))
         loss = None
         if closure is not None:
             with torch.enable_grad():

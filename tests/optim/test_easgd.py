@@ -304,6 +304,21 @@ def test_a_node_refuses_rates_that_cannot_be() -> None:
 
 
 @pytest.mark.parametrize("kind", ["EASGD", "Downpour"])
+def test_a_group_that_comes_later_is_refused(kind: str) -> None:
+    """The centre has no place for it, so each worker would have its own for good."""
+    center, module = Center(model().named_parameters()), model()
+    link, optimizer = local(center, module.named_parameters(), "w"), sgd(module)
+    worker = (
+        Downpour(optimizer, link) if kind == "Downpour" else EASGD(optimizer, link, moving_rate=0.2)
+    )
+    worker.step()
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    with pytest.raises(RuntimeError, match=f"{kind}: the inner optimizer trains 5 parameters"):
+        worker.step()
+    assert worker.steps == 1
+
+
+@pytest.mark.parametrize("kind", ["EASGD", "Downpour"])
 def test_parameters_in_another_order_or_number_are_refused(kind: str) -> None:
     """Their values would be written to others."""
     center = Center(model().named_parameters())
