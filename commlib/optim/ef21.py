@@ -102,6 +102,9 @@ class EF21(Replicas):
             )
         super().load_state_dict(state_dict)
 
+    def _options(self) -> list[Any]:
+        return [*super()._options(), self.first]
+
     def _update(self) -> None:
         values = [self._value(one.parameter, one.group["eta"]) for one in self._named()]
         held = [self._moment(one.parameter, "own") for one in self._named()]

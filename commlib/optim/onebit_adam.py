@@ -113,6 +113,9 @@ class OneBitAdam(Replicas):
             raise ValueError(f"OneBitAdam: the state has warmup {there}, allowed: {self.warmup}")
         super().load_state_dict(state_dict)
 
+    def _options(self) -> list[Any]:
+        return [*super()._options(), self.warmup, self.threshold]
+
     def _update(self) -> None:
         if self.frozen:
             self._compressed_step()
