@@ -217,10 +217,17 @@ class Local:
     def __init__(self, session: Session) -> None:
         self._session, self._number = session, session.open()
         self._replies: deque[Message] = deque()
+        self._failed = ""
 
     def tell(self, message: Message) -> None:
-        """Hand it over."""
-        reply = self._session.answer(message, self._number)
+        """Hand it over. What a rule or `Center.after` raises ends the link, as in `Server`."""
+        if self._failed:
+            raise RuntimeError(f"the link of worker {self._session.worker!r} {self._failed}")
+        try:
+            reply = self._session.answer(message, self._number)
+        except Exception as error:  # after an update, or before it: the copies may differ now
+            self._failed = f"has ended, as a message failed: {type(error).__name__}: {error}"
+            raise
         if reply is not None:
             self._replies.append(reply)
 
