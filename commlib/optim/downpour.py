@@ -74,8 +74,10 @@ class Downpour:
         self._begin()
 
     def _begin(self) -> None:
-        self._start = self.center.copy.clone()
-        spread(self._start, self._params)
+        copy = self.center.copy
+        spread(copy, self._params)
+        # as the parameters hold it: what they round (bfloat16 of a float32 centre) is no progress
+        self._start = flat(self._params).to(copy.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters, where they began, the optimizer's state and the number of steps."""

@@ -242,6 +242,16 @@ def test_downpour_goes_on_bitwise_and_keeps_what_codecs_leave() -> None:
     assert torch.equal(again.values, whole.values)
 
 
+def test_what_parameters_round_is_no_progress() -> None:
+    """A centre in float32 keeps what bfloat16 has no room for."""
+    center, x = Center([("x", torch.full((8,), 1.003))]), nn.Parameter(torch.zeros(8).bfloat16())
+    link = local(center, [("x", x.float())], "w")
+    worker = Downpour(torch.optim.SGD([x], 0.1), link)
+    for _ in range(3):
+        worker.step()
+    assert torch.equal(center.values, torch.full((8,), 1.003))
+
+
 def test_a_tree_conserves_and_mixes() -> None:
     """Without gradients the sum over leaves, nodes and root stays, and all come together."""
     named = [("x", torch.zeros(64))]
