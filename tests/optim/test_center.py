@@ -377,10 +377,14 @@ def test_saves_by_several_workers_at_once_end() -> None:
 
 def test_values_are_not_written_to_other_parameters() -> None:
     center = Center(params())
-    other = torch.zeros(300)
-    with pytest.raises(ValueError, match="parameters have 300 values, the centre 308"):
+    other = torch.ones(300)
+    with pytest.raises(ValueError, match="got 1 parameters of 300 values, its centre has 3 of 308"):
         center.copy_to([other])
-    assert not other.any()
+    assert other.all()
+    turned = [torch.ones(tensor.numel()) for _, tensor in reversed(params())]
+    with pytest.raises(ValueError, match="in another order"):
+        center.copy_to(turned)
+    assert all(one.all() for one in turned)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -193,7 +193,7 @@ def test_a_centre_that_closes_says_so_after_a_push(served: Any) -> None:
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyError("no space left")])
 def test_a_save_that_fails_is_told_at_once(served: Any, error: Exception) -> None:
     """Whatever `Center.after` or a rule raises: the worker would wait until its timeout."""
-    center, server, join = served
+    center, _, join = served
 
     def save(version: int) -> None:
         raise error
