@@ -45,6 +45,9 @@ class Replicas(torch.optim.Optimizer):
     shared: ClassVar[tuple[str, ...]] = ()
     """Names of the state that is alike on all ranks."""
 
+    _step_supports_amp_scaling = True
+    """A GradScaler then calls `step` in any case and says so; it would skip it on some ranks."""
+
     steps = 0  # so far
     _alike = False
 
@@ -100,9 +103,16 @@ class Replicas(torch.optim.Optimizer):
 
         A parameter whose `grad` is None has the gradient 0: the ranks must send the same.
 
-        Raises: ValueError: a gradient is sparse. RuntimeError: ranks begin with other parameters
-            or options, or have fallen out of step.
+        Raises: ValueError: a gradient is sparse. RuntimeError: a GradScaler calls it;
+            ranks begin with other parameters or options, or have fallen out of step.
         """
+        if hasattr(self, "found_inf"):  # set by a GradScaler for the time of its call
+            for name in ("found_inf", "grad_scale"):
+                vars(self).pop(name, None)
+            raise RuntimeError(
+                f"{type(self).__name__}: a GradScaler skips steps of each rank by itself, and "
+                "ranks would fall out of step: use bfloat16 autocast, which needs none"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -179,6 +179,25 @@ def test_a_closure_is_called_with_gradients(scheme: str, make: Make) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "make"), MAKERS)
+def test_a_grad_scaler_is_refused(scheme: str, make: Make) -> None:
+    """A rank whose gradient is infinite would skip a step that the others make."""
+
+    def body(c: Communicator) -> None:
+        module = model()
+        optimizer: Any = make(module.named_parameters(), c)
+        scaler = torch.amp.GradScaler("cpu")
+        backward(module, c.rank, 0)
+        scaler.scale(torch.ones(()))
+        with pytest.raises(RuntimeError, match="use bfloat16 autocast, which needs none"):
+            scaler.step(optimizer)
+        assert optimizer.steps == 0
+        torch.amp.GradScaler("cpu", enabled=False).step(optimizer)
+        assert optimizer.steps == 1
+
+    on_ranks(2, only(scheme), body)
+
+
+@pytest.mark.parametrize(("scheme", "make"), MAKERS)
 def test_layouts_in_memory_do_not_matter(scheme: str, make: Make) -> None:
     def body(c: Communicator) -> list[torch.Tensor]:
         ends = []
