@@ -125,8 +125,8 @@ class Outer(ABC):
         """Count an inner step; apply the exchanges that are due, begin those whose turn it is.
 
         Raises: RuntimeError: ranks began with other parameters or options; the inner optimizer has
-            got other parameters; an exchange failed; the mean D is not finite, on all ranks alike.
-            theta and W are as before it.
+            got other parameters, or some were cast; an exchange failed; the mean D is not finite,
+            on all ranks alike. theta and W are as before it.
         """
         self._ready()
         self._check_unchanged()
@@ -275,6 +275,14 @@ class Outer(ABC):
         """Refuse what cannot change on the way (RuntimeError)."""
         if self.inner is not None:
             check_none_added(type(self).__name__, self.inner, self._trained)
+        for fragment in self.fragments:
+            for name, parameter in zip(fragment.names, fragment.parameters, strict=True):
+                if parameter.dtype != torch.float32:
+                    raise RuntimeError(
+                        f"{type(self).__name__}: {name!r} has become {parameter.dtype}, allowed: "
+                        "torch.float32, or what it rounds of the shared model counts as learned: "
+                        "cast it back, and train under autocast"
+                    )
         if self.momentum and not self._buffers:
             raise RuntimeError(
                 f"{type(self).__name__}: momentum is {self.momentum}, and began as 0, so none was "

@@ -272,6 +272,24 @@ def test_a_group_that_the_inner_optimizer_gets_later_is_refused() -> None:
     on_ranks(2, "fp32", body)
 
 
+def test_parameters_that_are_cast_later_are_refused() -> None:
+    """What they round of theta would be exchanged as a pseudo-gradient."""
+
+    def body(c: Communicator) -> None:
+        module = model()
+        one = outer(module, c)
+        train(module, one, 1, c.rank)
+        module.bfloat16()
+        for call in (one.step, one.tick):
+            with pytest.raises(RuntimeError, match=r"'0\.weight' has become torch.bfloat16"):
+                call()
+        module.float()
+        train(module, one, 4, c.rank)
+        assert one.steps == 5
+
+    on_ranks(2, "fp32", body)
+
+
 def test_without_an_inner_optimizer_steps_are_counted() -> None:
     """Whoever needs the inner step for himself, as for a GradScaler, calls `tick` after it."""
 
