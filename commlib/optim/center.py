@@ -21,8 +21,9 @@ import json
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import IntEnum, StrEnum
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -160,9 +161,14 @@ class Center:
             return self.version
 
     def copy_to(self, params: Iterable[torch.Tensor], values: torch.Tensor | None = None) -> None:
-        """Write the values (or others of the same shape) to parameters in their order."""
+        """Write the values (or others of the same shape) to parameters in their order.
+
+        Raises: ValueError: other parameters than the centre's, or in another order; they stay.
+        """
+        those = list(params)
+        check_sizes("Center.copy_to", [one.numel() for one in those], self.shape.sizes)
         with self.lock:
-            spread(self.values if values is None else values, params)
+            spread(self.values if values is None else values, those)
 
     def state_dict(self) -> dict[str, Any]:
         """Values, version, the rule's memory and what workers know: a run goes on bit for bit.
@@ -394,6 +400,19 @@ def spread(values: torch.Tensor, params: Iterable[torch.Tensor]) -> None:
         for one in those:
             one.copy_(values[place : place + one.numel()].view_as(one))
             place += one.numel()
+
+
+def check_sizes(who: str, mine: Sequence[int], there: Sequence[int]) -> None:
+    """Refuse other parameters than a centre's, or in another order (ValueError).
+
+    Orders are told apart by sizes: parameters end where the centre's, or their pieces, end.
+    """
+    if sum(mine) != sum(there) or not {*accumulate(mine)} <= {*accumulate(there)}:
+        raise ValueError(
+            f"{who}: got {len(mine)} parameters of {sum(mine)} values, its centre has "
+            f"{len(there)} of {sum(there)}, or they are in another order; allowed: the same, in "
+            "the same order. Frozen ones may be in both or in neither"
+        )
 
 
 def packed(text: str) -> torch.Tensor:

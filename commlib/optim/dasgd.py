@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 import torch
 
 from commlib.optim.center import flat, spread
-from commlib.optim.link import Link, check_takes
+from commlib.optim.link import Link, check_order, check_takes
 from commlib.optim.rules import Takes
 from commlib.optim.schedules import StepSize
 from commlib.optim.staleness import ResidualVersions
@@ -115,8 +115,8 @@ class DASGD:
         stamp_oldest: stamp a message with the oldest version in it, residual included, so that
             delays at the centre are those of the oldest part (and steps by the delay smaller).
 
-    Raises: ValueError: the link is of another number of values or to a centre whose rule takes no
-        gradients, or bound is not at least 1.
+    Raises: ValueError: other parameters than the link's or another order, a centre whose rule takes
+        no gradients, or bound is not at least 1.
     """
 
     def __init__(
@@ -130,12 +130,7 @@ class DASGD:
         self._params = list(params)
         if bound is not None:
             check_count("DASGD: bound", bound)
-        here, there = sum(p.numel() for p in self._params), link.copy.numel()
-        if here != there:
-            raise ValueError(
-                f"DASGD: the parameters have {here} values, the link {there}, allowed: the same "
-                "parameters in the same order"
-            )
+        check_order("DASGD", self._params, link)
         check_takes("DASGD", "gradients", link)
         self.link, self.bound, self.stamp_oldest = link, bound, stamp_oldest
         self.steps = 0

@@ -38,7 +38,7 @@ import torch
 
 from commlib.communicator import Communicator
 from commlib.optim.outer import Outer, Sync
-from commlib.optim.replicas import check_communicator, strangers
+from commlib.optim.replicas import as_bytes, check_communicator, strangers
 from commlib.work import Work
 
 
@@ -137,8 +137,7 @@ class DiLoCo(Outer):
             return
         # whatever decides when there is an exchange, and what becomes of it; not mix, of W alone
         options = [self.period, self.overlap, self.lr, self.momentum, bool(self.nesterov)]
-        told = torch.frombuffer(bytearray(str(options).encode()), dtype=torch.uint8)
-        tensors = [*self._theta, *self._buffers, told]
+        tensors = [*self._theta, *self._buffers, as_bytes(options)]
         others = strangers(self.communicator, self.steps, tensors)
         if others:
             raise RuntimeError(

@@ -25,6 +25,7 @@ import torch
 
 from commlib.optim.center import flat, spread
 from commlib.optim.easgd import check_params, params_of
+from commlib.optim.fragments import check_none_added
 from commlib.optim.link import End
 from commlib.optim.ticks import check_count
 
@@ -50,8 +51,9 @@ class Downpour:
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """A push where it is time, and the optimizer's step; what `closure` returned.
 
-        Raises: RuntimeError: the centre is gone.
+        Raises: RuntimeError: the centre is gone, or the optimizer has got other parameters.
         """
+        check_none_added("Downpour", self.optimizer, len(self._params))
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -72,8 +74,10 @@ class Downpour:
         self._begin()
 
     def _begin(self) -> None:
-        self._start = self.center.copy.clone()
-        spread(self._start, self._params)
+        copy = self.center.copy
+        spread(copy, self._params)
+        # as the parameters hold it: what they round (bfloat16 of a float32 centre) is no progress
+        self._start = flat(self._params).to(copy.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters, where they began, the optimizer's state and the number of steps."""

@@ -23,13 +23,13 @@ thesis, arXiv 1605.02216.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from itertools import accumulate
 from typing import Any
 
 import torch
 
 from commlib.optim.center import flat, spread
-from commlib.optim.link import End, check_takes
+from commlib.optim.fragments import check_none_added
+from commlib.optim.link import End, check_order, check_takes
 from commlib.optim.pprs import check_number
 from commlib.optim.ticks import check_count
 
@@ -121,8 +121,9 @@ class EASGD:
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """An exchange where it is time, and the optimizer's step; what `closure` returned.
 
-        Raises: RuntimeError: the centre is gone.
+        Raises: RuntimeError: the centre is gone, or the optimizer has got other parameters.
         """
+        check_none_added("EASGD", self.optimizer, len(self._params))
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -150,19 +151,13 @@ class EASGD:
 
 
 def params_of(who: str, optimizer: torch.optim.Optimizer, center: End) -> list[torch.Tensor]:
-    """The optimizer's parameters, in its order, which has to be the centre's (ValueError).
+    """The optimizer's parameters, in the order of its groups, which has to be the centre's.
 
-    Orders are told apart by sizes: parameters end where the centre's end.
+    Raises: ValueError: it is not.
     """
     check_takes(who, "updates", center)
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    mine, there = [p.numel() for p in params], center.sizes
-    if sum(mine) != sum(there) or not {*accumulate(mine)} <= {*accumulate(there)}:
-        raise ValueError(
-            f"{who}: the optimizer has {len(params)} parameters of {sum(mine)} values, its centre "
-            f"{len(there)} of {sum(there)}, or they are in another order; allowed: the same, in "
-            "the order of the optimizer's groups. Frozen ones may be in both or in neither"
-        )
+    check_order(f"{who}: in its optimizer's groups", params, center)
     return params
 
 

@@ -102,6 +102,9 @@ class EF21(Replicas):
             )
         super().load_state_dict(state_dict)
 
+    def _options(self) -> list[Any]:
+        return [*super()._options(), self.first]
+
     def _update(self) -> None:
         values = [self._value(one.parameter, one.group["eta"]) for one in self._named()]
         held = [self._moment(one.parameter, "own") for one in self._named()]
@@ -114,7 +117,7 @@ class EF21(Replicas):
         self._check_finite(mean, "difference")
         mine = self._parts(rows[self.communicator.rank])
         for value, (one, part), (_, own) in zip(values, self._parts(mean), mine, strict=True):
-            if one.group["eta"] < 1:
+            if one.group["eta"] < 1 or "momentum" in self.state[one.parameter]:
                 self._moment(one.parameter, "momentum").copy_(value)
             self._moment(one.parameter, "own").add_(own)
             direction = self._moment(one.parameter, "mean").add_(part)

@@ -94,6 +94,22 @@ def named(
     return pairs
 
 
+def trained(inner: torch.optim.Optimizer) -> int:
+    """How many parameters an optimizer has."""
+    return sum(len(group["params"]) for group in inner.param_groups)
+
+
+def check_none_added(who: str, inner: torch.optim.Optimizer, before: int) -> None:
+    """Refuse an optimizer that has got other parameters since `before` (RuntimeError)."""
+    now = trained(inner)
+    if now != before:
+        raise RuntimeError(
+            f"{who}: the inner optimizer trains {now} parameters, and trained {before} when this "
+            f"{who} was made: nobody would exchange those that were added, and they would differ "
+            f"from rank to rank for good. Make a new {who} of all of them"
+        )
+
+
 def cut(
     who: str, pairs: Sequence[Pair], fragments: int | Sequence[Sequence[str]], period: int
 ) -> list[Fragment]:

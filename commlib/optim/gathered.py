@@ -14,6 +14,8 @@ import torch
 
 from commlib.communicator import Communicator
 from commlib.optim.center import Shape, flat
+from commlib.optim.link import references
+from commlib.optim.replicas import strangers
 from commlib.optim.rules import Takes
 from commlib.scheme import Role
 
@@ -23,17 +25,26 @@ class Gathered:
 
     Args:
         params: named tensors. The ranks' must be alike at first: by one seed, or broadcast.
-        communicator: of the ranks; its policy says how updates travel, without feedback.
+        communicator: of the ranks; its policy says how updates travel, without feedback, which a
+            gather does not have.
 
-    Raises: ValueError: parameters of several dtypes.
+    Raises: ValueError: parameters of several dtypes, a policy with feedback.
     """
 
     def __init__(
         self, params: Iterable[tuple[str, torch.Tensor]], communicator: Communicator
     ) -> None:
         named = list(params)
+        for rule in communicator.policy.rules:
+            if rule.role in (None, Role.OTHER) and rule.scheme != rule.scheme.stateless():
+                raise ValueError(
+                    f"Gathered: the policy has {str(rule.scheme)!r}, allowed: schemes without "
+                    f"feedback; use {str(rule.scheme.stateless())!r}"
+                )
         self.communicator = communicator
+        self._alike = False
         self._shape = Shape.of(named)
+        self.given = references(tensor for _, tensor in named)
         self._ndims = tuple(tensor.ndim for _, tensor in named)
         self.copy = flat(tensor for _, tensor in named)
         self.takes: Takes = "updates"
@@ -48,7 +59,11 @@ class Gathered:
         return self.copy
 
     def push(self, update: torch.Tensor) -> torch.Tensor:
-        """Add the updates of all ranks; returns what was added of this one's."""
+        """Add the updates of all ranks; returns what was added of this one's.
+
+        Raises: RuntimeError: ranks begin with other centres.
+        """
+        self._check_alike()
         rows = update.new_empty(self.communicator.size, update.numel())
         sizes = self._shape.sizes
         self.communicator.all_gather_segments(
@@ -71,3 +86,16 @@ class Gathered:
                 f"{self.copy.numel()}"
             )
         self.copy.copy_(state["copy"])
+        self._alike = False
+
+    def _check_alike(self) -> None:
+        """Once, and after loading: refuse to go on with centres that differ."""
+        if self._alike:
+            return
+        others = strangers(self.communicator, 0, [self.copy.view(torch.uint8)])
+        if others:
+            raise RuntimeError(
+                f"Gathered: ranks {others} have another centre than rank 0: begin with the same "
+                "parameters on all, from one seed, by broadcast or from one checkpoint"
+            )
+        self._alike = True

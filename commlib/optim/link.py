@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from commlib.optim.center import (
     Session,
     Shape,
     Start,
+    check_sizes,
     directions,
     flat,
     known,
@@ -25,6 +27,8 @@ from commlib.optim.center import (
 from commlib.optim.rules import Takes
 from commlib.scheme import Scheme
 from commlib.stamp import crc
+
+References = tuple[weakref.ref[torch.Tensor], ...]
 
 EMPTY = torch.empty(0, dtype=torch.uint8)
 
@@ -35,10 +39,12 @@ class End(Protocol):
     copy: what this worker knows of the centre.
     takes: what its rule does with a push.
     sizes: elements of each parameter, or of the pieces that it is cut into.
+    given: what it was made of, in its order, as far as that is known.
     """
 
     copy: torch.Tensor
     takes: Takes
+    given: References
 
     @property
     def sizes(self) -> tuple[int, ...]: ...
@@ -56,6 +62,27 @@ def check_takes(who: str, takes: Takes, center: End) -> None:
         raise ValueError(
             f"{who}: pushes {takes}, and the rule of its centre takes {center.takes}; allowed: "
             "Projected(schedule) for gradients, Add(), Momentum(rate) for updates"
+        )
+
+
+def references(tensors: Iterable[torch.Tensor]) -> References:
+    """Of the tensors that an end was made of, which may be copies that are gone by now."""
+    return tuple(weakref.ref(one) for one in tensors)
+
+
+def check_order(who: str, params: Sequence[torch.Tensor], center: End) -> None:
+    """Refuse other parameters than a centre's, or in another order (ValueError).
+
+    Those that the end was made of are known; others are told apart by their sizes.
+    """
+    check_sizes(who, [one.numel() for one in params], center.sizes)
+    given = {id(there()): place for place, there in enumerate(center.given)}
+    places = [given[id(one)] for one in params if id(one) in given]
+    if places != sorted(places):
+        raise ValueError(
+            f"{who}: the parameters are in another order than the link's, by which values of one "
+            "would be written to another: link the parameters in the order of the optimizer's "
+            "groups, and make the centre of them in that order"
         )
 
 
@@ -81,6 +108,7 @@ class Link:
     ) -> None:
         named = list(params)
         self.shape = Shape.of(named)
+        self.given = references(tensor for _, tensor in named)
         self.copy: torch.Tensor
         self.worker = worker
         self.bytes_sent = self.bytes_received = 0
@@ -217,10 +245,17 @@ class Local:
     def __init__(self, session: Session) -> None:
         self._session, self._number = session, session.open()
         self._replies: deque[Message] = deque()
+        self._failed = ""
 
     def tell(self, message: Message) -> None:
-        """Hand it over."""
-        reply = self._session.answer(message, self._number)
+        """Hand it over. What a rule or `Center.after` raises ends the link, as in `Server`."""
+        if self._failed:
+            raise RuntimeError(f"the link of worker {self._session.worker!r} {self._failed}")
+        try:
+            reply = self._session.answer(message, self._number)
+        except Exception as error:  # after an update, or before it: the copies may differ now
+            self._failed = f"has ended, as a message failed: {type(error).__name__}: {error}"
+            raise
         if reply is not None:
             self._replies.append(reply)
 

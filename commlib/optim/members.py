@@ -142,8 +142,10 @@ class Members:
             at_least: the first waits for so many workers, itself included, before it begins; after
                 `patience` seconds it begins with those that are there.
 
-        Raises: ValueError: the run has other settings. RuntimeError: the store does not answer.
+        Raises: ValueError: the run has other settings, or this process a default group already.
+            RuntimeError: the store does not answer.
         """
+        self._check_alone()
         agreed = self._board.decide("settings", settings)
         if agreed != settings:
             raise ValueError(f"Members: the run has the settings {agreed}, this worker {settings}")
@@ -310,11 +312,7 @@ class Members:
 
     def _connect(self, name: str, ids: Sequence[str], seed: int) -> Communicator:
         """A communicator of these workers, on a new process group."""
-        if dist.is_initialized():
-            raise ValueError(
-                "Members: this process has a default process group already; elastic runs make "
-                "their own, one after the other"
-            )
+        self._check_alone()
         dist.init_process_group(
             "gloo",
             store=c10d.PrefixStore(name, self._board.store),
@@ -323,6 +321,15 @@ class Members:
             timeout=datetime.timedelta(seconds=self.timeout),
         )
         return Communicator(None, self.policy, seed=self.seed + seed, timeout=self.timeout)
+
+    def _check_alone(self) -> None:
+        """Before others count on this worker: it could not meet them."""
+        if self._communicator is None and dist.is_initialized():
+            raise ValueError(
+                "Members: this process has a default process group already; elastic runs make "
+                "their own, one after the other: join before or without init_process_group, or "
+                "destroy it first"
+            )
 
     def _disconnect(self) -> None:
         if dist.is_initialized():

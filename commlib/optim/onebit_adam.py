@@ -51,8 +51,8 @@ class OneBitAdam(Replicas):
     """1-bit Adam: see above. Every rank has the gradient of its own batch in `grad` (`replicas`).
 
     Memory: Adam's, and the communicator's residuals. A step is checked before it is made, for which
-    the host waits. Under a GradScaler ranks would skip steps each for itself: use bfloat16
-    autocast, which needs none.
+    the host waits. A GradScaler, under which ranks would skip steps each for itself, is refused:
+    use bfloat16 autocast, which needs none.
 
     Args:
         params: named, as `model.named_parameters()`, or groups of such; float32.
@@ -112,6 +112,9 @@ class OneBitAdam(Replicas):
         if there != self.warmup:
             raise ValueError(f"OneBitAdam: the state has warmup {there}, allowed: {self.warmup}")
         super().load_state_dict(state_dict)
+
+    def _options(self) -> list[Any]:
+        return [*super()._options(), self.warmup, self.threshold]
 
     def _update(self) -> None:
         if self.frozen:

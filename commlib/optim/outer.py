@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from commlib.optim.fragments import cut, named
+from commlib.optim.fragments import check_none_added, cut, named, trained
 from commlib.optim.pprs import check_number
 from commlib.optim.ticks import check_count
 from commlib.work import Work
@@ -88,6 +88,7 @@ class Outer(ABC):
         if self.mix >= 1:
             raise ValueError(f"{name}: mix is {mix}, allowed: 0 to below 1; 1 would learn nothing")
         pairs = named(name, params, inner, device)
+        self._trained = 0 if inner is None else trained(inner)
         self.fragments = cut(name, pairs, fragments, period)
         # new memory in any case: W moves away from theta
         self._theta = [fragment.flat() for fragment in self.fragments]
@@ -105,13 +106,16 @@ class Outer(ABC):
         return dict(self._named(self._theta))
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """A step of the inner optimizer, and `tick`; what the former returned."""
+        """A step of the inner optimizer, and `tick`; what the former returned.
+
+        Raises: RuntimeError as `tick`, or there is no inner optimizer.
+        """
         if self.inner is None:
             raise RuntimeError(
                 f"{type(self).__name__}: there is no inner optimizer; call tick() after its step"
             )
         self._ready()
-        self._check_momentum()
+        self._check_unchanged()
         loss = self.inner.step() if closure is None else self.inner.step(closure)
         self.tick()
         return loss
@@ -120,11 +124,12 @@ class Outer(ABC):
     def tick(self) -> None:
         """Count an inner step; apply the exchanges that are due, begin those whose turn it is.
 
-        Raises: RuntimeError: ranks began with other parameters or options; an exchange failed; the
-            mean D is not finite, on all ranks alike. theta and W are as before it.
+        Raises: RuntimeError: ranks began with other parameters or options; the inner optimizer has
+            got other parameters, or some were cast; an exchange failed; the mean D is not finite,
+            on all ranks alike. theta and W are as before it.
         """
         self._ready()
-        self._check_momentum()
+        self._check_unchanged()
         self.steps += 1
         self._land(self.steps)
         for k in range(len(self.fragments)):
@@ -266,7 +271,18 @@ class Outer(ABC):
         for fragment, flat in zip(self.fragments, kept, strict=False):
             yield from fragment.parts(flat)
 
-    def _check_momentum(self) -> None:
+    def _check_unchanged(self) -> None:
+        """Refuse what cannot change on the way (RuntimeError)."""
+        if self.inner is not None:
+            check_none_added(type(self).__name__, self.inner, self._trained)
+        for fragment in self.fragments:
+            for name, parameter in zip(fragment.names, fragment.parameters, strict=True):
+                if parameter.dtype != torch.float32:
+                    raise RuntimeError(
+                        f"{type(self).__name__}: {name!r} has become {parameter.dtype}, allowed: "
+                        "torch.float32, or what it rounds of the shared model counts as learned: "
+                        "cast it back, and train under autocast"
+                    )
         if self.momentum and not self._buffers:
             raise RuntimeError(
                 f"{type(self).__name__}: momentum is {self.momentum}, and began as 0, so none was "

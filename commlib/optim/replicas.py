@@ -9,6 +9,7 @@ back, each under its name.
 from __future__ import annotations
 
 import copy
+import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -38,6 +39,9 @@ class Named(NamedTuple):
 class Replicas(torch.optim.Optimizer):
     """An optimizer on every rank of `communicator`, for the same parameters.
 
+    Options, such as lr, may change between steps, on all ranks alike: a scheduler that goes by a
+    rank's own loss would let the replicas drift apart.
+
     Args:
         params: named, as `model.named_parameters()`, or groups of such.
         communicator: of the ranks; no other's, as its memory is part of this optimizer's state.
@@ -50,6 +54,9 @@ class Replicas(torch.optim.Optimizer):
     shared: ClassVar[tuple[str, ...]] = ()
     """Names of the state that is alike on all ranks."""
 
+    _step_supports_amp_scaling = True
+    """A GradScaler then calls `step` in any case and says so; it would skip it on some ranks."""
+
     steps = 0  # so far
     _alike = False
 
@@ -58,6 +65,7 @@ class Replicas(torch.optim.Optimizer):
     ) -> None:
         check_communicator(type(self).__name__, communicator)
         self.communicator = communicator
+        self._told = tuple(defaults)  # torch adds to `defaults`
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -79,6 +87,13 @@ class Replicas(torch.optim.Optimizer):
             if len(set(names)) < len(names):
                 twice = next(one for one in names if names.count(one) > 1)
                 raise ValueError(f"{name}: two parameters are named {twice!r}; rename one")
+            first: dict[int, str] = {}
+            for key, parameter, _ in self._named():
+                if first.setdefault(id(parameter), key) != key:
+                    raise ValueError(
+                        f"{name}: {key!r} is {first[id(parameter)]!r} once more and would move "
+                        "twice a step: leave it out, as model.named_parameters() does"
+                    )
             dtypes = {str(one.parameter.dtype) for one in self._named()}
             if len(dtypes) > 1:
                 raise ValueError(
@@ -98,9 +113,16 @@ class Replicas(torch.optim.Optimizer):
 
         A parameter whose `grad` is None has the gradient 0: the ranks must send the same.
 
-        Raises: ValueError: a gradient is sparse. RuntimeError: ranks begin with other parameters,
-            or have fallen out of step.
+        Raises: ValueError: a gradient is sparse. RuntimeError: a GradScaler calls it;
+            ranks begin with other parameters or options, or have fallen out of step.
         """
+        if hasattr(self, "found_inf"):  # set by a GradScaler for the time of its call
+            for name in ("found_inf", "grad_scale"):
+                vars(self).pop(name, None)
+            raise RuntimeError(
+                f"{type(self).__name__}: a GradScaler skips steps of each rank by itself, and "
+                "ranks would fall out of step: use bfloat16 autocast, which needs none"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -212,20 +234,25 @@ class Replicas(torch.optim.Optimizer):
             if not parameter.requires_grad:
                 raise ValueError(f"{name}: {key!r} does not require a gradient: leave it out")
 
+    def _options(self) -> list[Any]:
+        """What decides about the steps, and is alike on all ranks."""
+        return [{name: group[name] for name in self._told} for group in self.param_groups]
+
     def _check_alike(self) -> None:
         """Once, and after loading: refuse to go on with replicas that are none."""
         if self._alike:
             return
-        tensors = []
+        options = self._options()
+        tensors = [as_bytes(options)]
         for _, parameter, _ in self._named():
             held = self.state[parameter]
             tensors += [parameter, *(held[name] for name in self.shared if name in held)]
         others = strangers(self.communicator, self.steps, tensors)
         if others:
             raise RuntimeError(
-                f"{type(self).__name__}: ranks {others} have other parameters, steps or moments "
-                "than rank 0: begin with the same on all, from one seed, by broadcast or from one "
-                "checkpoint"
+                f"{type(self).__name__}: ranks {others} have other parameters, steps, moments or "
+                "options than rank 0: begin with the same on all, from one seed, by broadcast or "
+                f"from one checkpoint; options here are {options}"
             )
         self._alike = True
 
@@ -234,12 +261,18 @@ def strangers(communicator: Communicator, steps: int, tensors: Iterable[torch.Te
     """The ranks whose steps or tensors are not bitwise those of rank 0; collective."""
     crc = zlib.crc32(str(steps).encode())
     for tensor in tensors:
-        data: Any = tensor.detach().cpu().reshape(-1).numpy()
+        data: Any = tensor.detach().cpu().contiguous().numpy()
         crc = zlib.crc32(data, crc)
     mine = torch.tensor([crc], dtype=torch.int64, device=communicator.transport.device)
     all_ = mine.new_empty(communicator.size)
     communicator.all_gather(all_, mine, scheme="fp32").wait()
     return [rank for rank, one in enumerate(all_.tolist()) if one != all_[0]]
+
+
+def as_bytes(value: object) -> torch.Tensor:
+    """Options as text (a tuple is a list, NumPy's numbers are Python's), for `strangers`."""
+    text = json.dumps(value, default=str)
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
 def gradient_of(parameter: torch.Tensor) -> torch.Tensor:

@@ -202,8 +202,8 @@ class Server:
             return Message(Kind.ENDED, 0, packed(f"centre {self.name!r} has closed"))
         try:
             return session.answer(message, link)
-        except (RuntimeError, ValueError) as error:
-            text = f"centre {self.name!r}: {error}"
+        except Exception as error:  # of a rule or of `Center.after` too: the worker waits
+            text = f"centre {self.name!r}: {type(error).__name__}: {error}"
             logger.warning("%s", text.splitlines()[0])
             return Message(Kind.ENDED, 0, packed(text))
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from commlib.optim.link import Link
+from commlib.optim.link import Link, References, references
 from commlib.optim.rules import Takes
 from commlib.optim.serving import TIMEOUT, connect
 from commlib.optim.ticks import check_count
@@ -94,6 +94,7 @@ class Sharded:
                 "some, of one dtype, to rules that take the same"
             )
         self.links = tuple(links)
+        self.given: References = ()  # pieces are no parameters; `connect_shards` knows of what
         self.takes: Takes = links[0].takes
         self.sizes = tuple(size for link in links for size in link.sizes)
         """Elements of each piece."""
@@ -186,14 +187,17 @@ def connect_shards(
         state is of another number of shards.
     """
     links: list[Link] = []
+    named = list(params)
     states = [None] * count if state is None else state["links"]
     if len(states) != count:
         raise ValueError(f"connect_shards: the state is of {len(states)} shards, not of {count}")
     with contextlib.ExitStack() as stack:  # where one owner is not there, leave the others
-        for place, pieces in enumerate(shards(params, count, align=align)):
+        for place, pieces in enumerate(shards(named, count, align=align)):
             one = f"{name}{place}"
             link = connect(store, pieces, worker, name=one, timeout=timeout, state=states[place])
             stack.callback(link.close)
             links.append(link)
         stack.pop_all()
-    return Sharded(links)
+    sharded = Sharded(links)
+    sharded.given = references(tensor for _, tensor in named)
+    return sharded

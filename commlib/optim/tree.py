@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import threading
 
-from commlib.optim.center import Center
-from commlib.optim.link import End
+from commlib.optim.center import Center, check_sizes
+from commlib.optim.link import End, check_takes
 from commlib.optim.ticks import check_count
 
 
@@ -42,13 +42,16 @@ class Node:
         rate: of the exchange with it (alpha).
         period: updates by children from one exchange to the next.
 
-    Raises: ValueError: a rate outside 0 to 1, a period below 1.
+    Raises: ValueError: a rate outside 0 to 1, a period below 1, a parent of other parameters or
+        another order, or whose rule takes gradients.
     """
 
     def __init__(self, center: Center, parent: End, rate: float, period: int) -> None:
         check_count("Node: period", period)
         if not 0 <= rate <= 1:
             raise ValueError(f"Node: rate is {rate}, allowed: 0 to 1")
+        check_takes("Node", "updates", parent)
+        check_sizes("Node", center.shape.sizes, parent.sizes)
         self.center, self.parent, self.rate, self.period = center, parent, rate, period
         self._lock = threading.Lock()
         center.after = self._pushed

@@ -340,6 +340,24 @@ def test_a_save_meanwhile_is_of_a_moment_between_messages(inside: bool) -> None:
         assert same(state["values"], state["sessions"]["w"]["copy"])
 
 
+def test_a_save_that_fails_ends_the_link() -> None:
+    """The centre has the update, the worker's copy has not: all that follows would be off by it."""
+
+    def save(version: int) -> None:
+        raise OSError("no space left")
+
+    center = Center(params())
+    link = local(center, params(), "w")
+    center.after = save
+    with pytest.raises(OSError, match="no space left"):
+        link.push(torch.ones(308))
+    center.after = None
+    with pytest.raises(RuntimeError, match="'w' has ended, as a message failed: OSError: no space"):
+        link.pull()
+    again = local(center, params(), "w", link.state_dict())
+    assert same(again.pull(), center.values)
+
+
 def test_saves_by_several_workers_at_once_end() -> None:
     center = Center(params())
     center.after = lambda version: [center.state_dict(), None][1]
@@ -359,10 +377,14 @@ def test_saves_by_several_workers_at_once_end() -> None:
 
 def test_values_are_not_written_to_other_parameters() -> None:
     center = Center(params())
-    other = torch.zeros(300)
-    with pytest.raises(ValueError, match="parameters have 300 values, the centre 308"):
+    other = torch.ones(300)
+    with pytest.raises(ValueError, match="got 1 parameters of 300 values, its centre has 3 of 308"):
         center.copy_to([other])
-    assert not other.any()
+    assert other.all()
+    turned = [torch.ones(tensor.numel()) for _, tensor in reversed(params())]
+    with pytest.raises(ValueError, match="in another order"):
+        center.copy_to(turned)
+    assert all(one.all() for one in turned)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -114,15 +114,18 @@ def test_errors() -> None:
         with pytest.raises(ValueError, match=r"Box: .*allowed: finite, low <= high"):
             Box(low, high)
     link = local(c, named(), "w")
-    with pytest.raises(ValueError, match=r"have 200 values, the link 300"):
+    with pytest.raises(ValueError, match=r"got 1 parameters of 200 values, its centre has"):
         DASGD([named()[0][1]], link)
+    mine = named()
+    with pytest.raises(ValueError, match="in another order"):
+        DASGD([tensor for _, tensor in reversed(mine)], local(c, mine, "w"))
     with pytest.raises(ValueError, match=r"DASGD: bound is 0, allowed: a whole number"):
         worker(c, "v", bound=0)
     with pytest.raises(ValueError, match=r"pushes gradients, and the rule .* takes updates"):
         worker(Center(named()), "u")
-    mine, _ = worker(c, "u")
+    one, _ = worker(c, "u")
     with pytest.raises(ValueError, match=r"of 7 values, allowed: the link's 300"):
-        mine.load_state_dict({**mine.state_dict(), "numel": 7})
+        one.load_state_dict({**one.state_dict(), "numel": 7})
 
 
 def test_turns_are_sgd_with_delays() -> None:

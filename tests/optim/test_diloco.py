@@ -253,6 +253,43 @@ def test_momentum_that_was_not_kept_cannot_be_switched_on() -> None:
     on_ranks(1, "fp32", body)
 
 
+def test_a_group_that_the_inner_optimizer_gets_later_is_refused() -> None:
+    """As layers that are thawed on the way: nobody would exchange them."""
+
+    def body(c: Communicator) -> None:
+        module, more = model(), nn.Parameter(torch.zeros(3))
+        one = outer(module, c)
+        train(module, one, 5, c.rank)
+        before = weights(module)
+        assert one.inner is not None
+        one.inner.add_param_group({"params": [more]})
+        for call in (one.step, one.tick):
+            with pytest.raises(RuntimeError, match="trains 5 parameters, and trained 4 when this"):
+                call()
+        assert one.steps == 5
+        assert same(before, weights(module))
+
+    on_ranks(2, "fp32", body)
+
+
+def test_parameters_that_are_cast_later_are_refused() -> None:
+    """What they round of theta would be exchanged as a pseudo-gradient."""
+
+    def body(c: Communicator) -> None:
+        module = model()
+        one = outer(module, c)
+        train(module, one, 1, c.rank)
+        module.bfloat16()
+        for call in (one.step, one.tick):
+            with pytest.raises(RuntimeError, match=r"'0\.weight' has become torch.bfloat16"):
+                call()
+        module.float()
+        train(module, one, 4, c.rank)
+        assert one.steps == 5
+
+    on_ranks(2, "fp32", body)
+
+
 def test_without_an_inner_optimizer_steps_are_counted() -> None:
     """Whoever needs the inner step for himself, as for a GradScaler, calls `tick` after it."""
 

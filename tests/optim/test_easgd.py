@@ -242,6 +242,16 @@ def test_downpour_goes_on_bitwise_and_keeps_what_codecs_leave() -> None:
     assert torch.equal(again.values, whole.values)
 
 
+def test_what_parameters_round_is_no_progress() -> None:
+    """A centre in float32 keeps what bfloat16 has no room for."""
+    center, x = Center([("x", torch.full((8,), 1.003))]), nn.Parameter(torch.zeros(8).bfloat16())
+    link = local(center, [("x", x.float())], "w")
+    worker = Downpour(torch.optim.SGD([x], 0.1), link)
+    for _ in range(3):
+        worker.step()
+    assert torch.equal(center.values, torch.full((8,), 1.003))
+
+
 def test_a_tree_conserves_and_mixes() -> None:
     """Without gradients the sum over leaves, nodes and root stays, and all come together."""
     named = [("x", torch.zeros(64))]
@@ -266,6 +276,25 @@ def test_a_tree_conserves_and_mixes() -> None:
     everything.append(root.values)
     assert float(sum(v[0] for v in everything)) == pytest.approx(6.0, abs=1e-4)
     assert all(float(v[0]) == pytest.approx(6 / 7, abs=1e-3) for v in everything)
+
+
+def test_synchronous_centres_that_differ_or_would_forget_are_refused() -> None:
+    def body(communicator: Communicator) -> None:
+        module = model()
+        if communicator.rank:
+            with torch.no_grad():
+                module[0].bias[3] += 1e-6  # type: ignore[operator, index]
+        center = Gathered(module.named_parameters(), communicator)
+        worker = EASGD(sgd(module), center, moving_rate=0.4)
+        with pytest.raises(RuntimeError, match=r"Gathered: ranks \[1\] have another centre than"):
+            worker.step()
+
+    def forgets(communicator: Communicator) -> None:
+        with pytest.raises(ValueError, match=r"policy has 'int4\+ef', allowed: .* use 'int4'"):
+            Gathered(model().named_parameters(), communicator)
+
+    on_ranks(2, "int4", body)
+    on_ranks(1, "int4+ef", forgets)
 
 
 def test_a_tree_of_threads_does_not_block() -> None:
@@ -301,6 +330,27 @@ def test_a_node_refuses_rates_that_cannot_be() -> None:
         Node(center, link, 1.5, 1)
     with pytest.raises(ValueError, match="period"):
         Node(center, link, 0.5, 0)
+    named = list(model().named_parameters())
+    with pytest.raises(ValueError, match=r"Node: got 4 parameters of 1175 .* in another order"):
+        Node(Center(named), local(Center(named[::-1]), named[::-1], "n"), 0.5, 1)
+    root = Center(named, rule=Projected(schedules.Constant(0.1)))
+    with pytest.raises(ValueError, match=r"Node: pushes updates, and .* takes gradients"):
+        Node(Center(named), local(root, named, "n"), 0.5, 1)
+
+
+@pytest.mark.parametrize("kind", ["EASGD", "Downpour"])
+def test_a_group_that_comes_later_is_refused(kind: str) -> None:
+    """The centre has no place for it, so each worker would have its own for good."""
+    center, module = Center(model().named_parameters()), model()
+    link, optimizer = local(center, module.named_parameters(), "w"), sgd(module)
+    worker = (
+        Downpour(optimizer, link) if kind == "Downpour" else EASGD(optimizer, link, moving_rate=0.2)
+    )
+    worker.step()
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    with pytest.raises(RuntimeError, match=f"{kind}: the inner optimizer trains 5 parameters"):
+        worker.step()
+    assert worker.steps == 1
 
 
 @pytest.mark.parametrize("kind", ["EASGD", "Downpour"])
@@ -323,6 +373,10 @@ def test_parameters_in_another_order_or_number_are_refused(kind: str) -> None:
         with pytest.raises(ValueError, match="other order"):
             make(optimizer, link)
     assert torch.equal(flat(module.parameters()), before)
+    alike = [nn.Parameter(torch.full((3,), float(n))) for n in range(3)]
+    named = [(f"x{n}", p) for n, p in enumerate(alike)]
+    with pytest.raises(ValueError, match="parameters are in another order than the link's"):
+        make(torch.optim.SGD(alike[::-1], lr=0.1), local(Center(named), named, "w"))
     # in the order of the groups it works, and a frozen one stays where it is
     matrices[0].requires_grad_(False)
     ordered = [(f"p{n}", p) for n, p in enumerate([*matrices, *vectors])]

@@ -82,6 +82,22 @@ def reference(
     return weights(module)
 
 
+def test_a_momentum_that_rests_at_eta_1_is_the_gradient_then() -> None:
+    """eta may change on the way; an old momentum would come back."""
+
+    def body(c: Communicator) -> list[float]:
+        x, moved = nn.Parameter(torch.zeros(1)), []
+        optimizer = EF21([("x", x)], c, 1.0, 0.5)
+        for eta, gradient in [(0.5, 64.0), (1.0, 0.0), (0.5, 0.0), (0.5, 8.0)]:
+            optimizer.param_groups[0]["eta"] = eta
+            before, x.grad = x.item(), torch.full((1,), gradient)
+            optimizer.step()
+            moved.append(before - x.item())
+        return moved
+
+    assert on_ranks(1, "fp32", body) == [[64.0, 0.0, 0.0, 4.0]]
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("scheme", ["sign", "int2", "fp32"])
 def test_ef21_is_its_equations(size: int, scheme: str) -> None:

@@ -333,6 +333,20 @@ def test_the_first_may_go_on_from_a_checkpoint() -> None:
     assert same(first, second)
 
 
+def test_a_process_with_a_group_of_its_own_is_refused_before_others_count_on_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Alone it could go on for hours, and would die when the second one comes."""
+    rooms = Rooms()
+    _, one = worker(Here(rooms))
+    with monkeypatch.context() as patched:
+        patched.setattr(dist, "is_initialized", lambda: True)
+        with pytest.raises(ValueError, match="has a default process group already"):
+            one.join()
+    assert not rooms.store.check(["commlib/members/run/founder"])
+    one.join()
+
+
 def test_refusals() -> None:
     store = dist.HashStore()
     with pytest.raises(ValueError, match=r"'int4\+ef', allowed: schemes without feedback.*'int4'"):

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
+import pytest
+import torch
+
+from tests.optim.diloco import shared
 from tests.optim.members import LONG, Here, Rooms, together, train, worker
+from tests.optim.models import same
+from tests.optim.replicas import weights
 
 
 def test_who_queued_and_died_is_waited_for_no_longer_than_grace() -> None:
@@ -45,6 +52,24 @@ def test_who_died_before_it_said_its_name_blocks_no_queue() -> None:
         one.leave()
 
     together(first, second)
+
+
+def test_a_model_that_came_in_part_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state saved after that, or `leave`, would be of theta and momentum of two models."""
+    module, one = worker(Here(Rooms()))
+    before, state = weights(module), one.state_dict()
+
+    def breaks(tensors: Sequence[torch.Tensor], patience: float) -> str:
+        tensors[0].fill_(7.0)
+        raise RuntimeError("nobody let this worker in")
+
+    monkeypatch.setattr(one.members, "enter", lambda *_: False)
+    monkeypatch.setattr(one.members, "receive", breaks)
+    with pytest.raises(RuntimeError, match="nobody let this worker in"):
+        one.join()
+    assert same(list(state["theta"].values()), shared(one))
+    one.leave()
+    assert same(before, weights(module))
 
 
 def test_a_guest_that_dies_at_the_door_costs_no_member_its_place() -> None:

@@ -57,6 +57,13 @@ def test_parameters_have_names() -> None:
     refuse(lambda: [dict(one) for one in twice], "two parameters are named 'x'")
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_under_two_names_is_refused() -> None:
+    """Torch warns, and moves it twice a step."""
+    tied = parameter()
+    refuse(lambda: [("x", tied), ("y", tied)], "'y' is 'x' once more and would move twice")
+
+
 def test_parameters_that_cannot_be_served_are_refused() -> None:
     refuse(lambda: [("x", parameter(dtype=torch.bfloat16))], "'x' is torch.bfloat16, allowed")
     frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
@@ -99,11 +106,36 @@ def test_ranks_that_begin_with_other_parameters_are_named(scheme: str, make: Mak
                 module[2].bias[3] += 1e-6  # type: ignore[operator, index]
         backward(module, c.rank, 0)
         before = weights(module)
-        with pytest.raises(RuntimeError, match=r"ranks \[1\] have other parameters, steps or mom"):
+        with pytest.raises(RuntimeError, match=r"ranks \[1\] have other parameters, steps, mom"):
             make(module.named_parameters(), c).step()
         assert same(before, weights(module))
 
     on_ranks(3, only(scheme), body)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params, c: OneBitAdam(params, c, 0.01 * (1 + c.rank), warmup=2),
+        lambda params, c: OneBitAdam(params, c, betas=(0.9, 0.99 + 0.001 * c.rank), warmup=2),
+        lambda params, c: OneBitAdam(params, c, warmup=2 + c.rank),
+        lambda params, c: OneBitAdam(params, c, warmup=2, threshold=1e-4 * (1 + c.rank)),
+        lambda params, c: EF21(params, c, 0.1 * (1 + c.rank)),
+        lambda params, c: EF21(params, c, 0.1, eta=1 / (1 + c.rank)),
+        lambda params, c: EF21(params, c, 0.1, first="coded" if c.rank else "raw"),
+    ],
+)
+def test_ranks_with_other_options_are_named(make: Make) -> None:
+    """They would drift apart without a word, or wait for a message that never comes."""
+
+    def body(c: Communicator) -> None:
+        module = model()
+        backward(module, c.rank, 0)
+        with pytest.raises(RuntimeError, match=r"ranks \[1\] have other .* or options than rank 0"):
+            make(module.named_parameters(), c).step()
+        assert same(weights(model()), weights(module))
+
+    on_ranks(2, only("sign"), body)
 
 
 @pytest.mark.parametrize(("scheme", "make"), MAKERS)
@@ -156,6 +188,25 @@ def test_a_closure_is_called_with_gradients(scheme: str, make: Make) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "make"), MAKERS)
+def test_a_grad_scaler_is_refused(scheme: str, make: Make) -> None:
+    """A rank whose gradient is infinite would skip a step that the others make."""
+
+    def body(c: Communicator) -> None:
+        module = model()
+        optimizer: Any = make(module.named_parameters(), c)
+        scaler = torch.amp.GradScaler("cpu")
+        backward(module, c.rank, 0)
+        scaler.scale(torch.ones(()))
+        with pytest.raises(RuntimeError, match="use bfloat16 autocast, which needs none"):
+            scaler.step(optimizer)
+        assert optimizer.steps == 0
+        torch.amp.GradScaler("cpu", enabled=False).step(optimizer)
+        assert optimizer.steps == 1
+
+    on_ranks(2, only(scheme), body)
+
+
+@pytest.mark.parametrize(("scheme", "make"), MAKERS)
 def test_layouts_in_memory_do_not_matter(scheme: str, make: Make) -> None:
     def body(c: Communicator) -> list[torch.Tensor]:
         ends = []
@@ -164,6 +215,25 @@ def test_layouts_in_memory_do_not_matter(scheme: str, make: Make) -> None:
             optimizer = make([(f"x{len(ends)}", x)], c)
             for step in range(5):
                 x.grad = drawn(c.rank, step, 4, 6, 3, 3).to(memory_format=form)
+                optimizer.step()
+            ends.append(x.detach().contiguous())
+        return ends
+
+    for one, other in on_ranks(2, only(scheme), body):
+        assert same([one], [other])
+
+
+@pytest.mark.parametrize(("scheme", "make"), MAKERS)
+def test_parameters_of_any_strides(scheme: str, make: Make) -> None:
+    """Of one dimension, with gaps, too: `reshape` leaves these in place."""
+
+    def body(c: Communicator) -> list[torch.Tensor]:
+        ends = []
+        for step in (1, 2):
+            x = nn.Parameter(torch.ones(200 * step)[::step])
+            optimizer = make([(f"x{step}", x), (f"y{step}", nn.Parameter(torch.ones(0, 3)))], c)
+            for n in range(4):
+                x.grad = drawn(c.rank, n, 200)
                 optimizer.step()
             ends.append(x.detach().contiguous())
         return ends

@@ -190,6 +190,23 @@ def test_a_centre_that_closes_says_so_after_a_push(served: Any) -> None:
         link.pull()
 
 
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyError("no space left")])
+def test_a_save_that_fails_is_told_at_once(served: Any, error: Exception) -> None:
+    """Whatever `Center.after` or a rule raises: the worker would wait until its timeout."""
+    center, _, join = served
+
+    def save(version: int) -> None:
+        raise error
+
+    link = join("w")
+    center.after = save
+    link.push(torch.ones(N))
+    with pytest.raises(RuntimeError, match=f"{type(error).__name__}: .*no space left"):
+        link.pull()
+    center.after = None
+    join("w", state=link.state_dict()).pull()
+
+
 def test_a_worker_is_told_why_its_link_was_cut(served: Any) -> None:
     center, server, join = served
     link = join("w")
