@@ -187,6 +187,7 @@ class Center:
                 "version": self.version,
                 "delays": dict(self.delays),
                 "rule": self.rule.state_dict(),
+                "rule_name": type(self.rule).__name__,
                 "sessions": {worker: session.state_dict() for worker, session in sessions},
                 "config": self.config(),
             }
@@ -194,12 +195,15 @@ class Center:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`. Links from before are cut: their workers come again.
 
-        Raises: ValueError: it is of other parameters, schemes or seed; nothing has changed.
+        Raises: ValueError: it is of other parameters, schemes, seed or rule; nothing has changed.
         """
         if state.get("config") != self.config():
             raise ValueError(
                 f"Center: the state is of {state.get('config')}, allowed: {self.config()}"
             )
+        saved, mine = state.get("rule_name"), type(self.rule).__name__
+        if saved not in (None, mine):
+            raise ValueError(f"Center: the state is of the rule {saved}, allowed: {mine}")
         with self.lock:
             self.rule.load_state_dict(state["rule"])
             self.values.copy_(state["values"])

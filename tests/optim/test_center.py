@@ -211,6 +211,10 @@ def test_a_state_of_another_centre_is_refused() -> None:
     center = Center(params(), push="int4")
     with pytest.raises(ValueError, match="allowed"):
         center.load_state_dict(Center(params(), push="int8").state_dict())
+    averaged = Center(params(), push="int4", rule=Averaged(Add()))
+    for one, other, rule in ((center, averaged, "Averaged"), (averaged, center, "Add")):
+        with pytest.raises(ValueError, match=f"of the rule {rule}, allowed"):
+            one.load_state_dict(other.state_dict())
 
 
 def test_messages_that_make_no_sense_change_nothing(generator: torch.Generator) -> None:
