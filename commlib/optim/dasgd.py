@@ -116,7 +116,7 @@ class DASGD:
             delays at the centre are those of the oldest part (and steps by the delay smaller).
 
     Raises: ValueError: other parameters than the link's or another order, a centre whose rule takes
-        no gradients, or bound is not at least 1.
+        no gradients, no single centre (Sharded), or bound is not at least 1.
     """
 
     def __init__(
@@ -130,6 +130,11 @@ class DASGD:
         self._params = list(params)
         if bound is not None:
             check_count("DASGD: bound", bound)
+        if not isinstance(link, Link):
+            raise ValueError(
+                f"DASGD: link is a {type(link).__name__}, allowed: a Link to one centre, whose "
+                "versions tell how late a gradient comes"
+            )
         check_order("DASGD", self._params, link)
         check_takes("DASGD", "gradients", link)
         self.link, self.bound, self.stamp_oldest = link, bound, stamp_oldest

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from commlib.optim import DASGD, Box, Center, Projected, Server, connect, local, staleness
+from commlib.optim import DASGD, Box, Center, Projected, Server, Sharded, connect, local, staleness
 from commlib.optim.schedules import (
     Auto,
     Constant,
@@ -119,6 +119,8 @@ def test_errors() -> None:
     mine = named()
     with pytest.raises(ValueError, match="in another order"):
         DASGD([tensor for _, tensor in reversed(mine)], local(c, mine, "w"))
+    with pytest.raises(ValueError, match=r"link is a Sharded, allowed: a Link to one centre"):
+        DASGD([tensor for _, tensor in mine], Sharded([link]))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"DASGD: bound is 0, allowed: a whole number"):
         worker(c, "v", bound=0)
     with pytest.raises(ValueError, match=r"pushes gradients, and the rule .* takes updates"):
