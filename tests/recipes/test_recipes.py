@@ -193,7 +193,11 @@ done
 wait "${tasks[0]}" && wait "${tasks[1]}"
 """
 SCONTROL = """#!/usr/bin/env bash
-[[ "$*" == "show hostnames node[0-1]" ]] && printf '%s\\n' "$HEAD" node1
+[[ "$*" == "show hostnames node[0-1]" ]] || exit 1
+for node in "$HEAD" node1; do
+    echo "$node"
+    sleep 0.2 # whoever reads one line alone is gone by the next
+done
 """
 
 
