@@ -286,8 +286,10 @@ class Planning:
 
         Each is of a part of the sum of a host; the part that this rank has now is another.
         """
-        saved, self._saved_nodes = self._saved_nodes, self._saved_nodes if not self.nodes else ""
-        if self.nodes and saved not in ("", str(self.nodes)):
+        if not self.nodes:  # not asked for yet
+            return
+        saved, self._saved_nodes = self._saved_nodes, ""
+        if saved not in ("", str(self.nodes)):
             dropped = self._compressors.reset_hosts()
             if dropped and self.rank == 0:
                 logger.warning(

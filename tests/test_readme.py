@@ -28,3 +28,10 @@ def test_schemes_are_taken(text: str) -> None:
     scheme = Scheme.parse(text).resolve(Role.GRADIENT)
     if isinstance(scheme.feedback, ErrorFeedback):
         scheme.feedback.check(scheme.codec, 1 << 20)
+
+
+def test_schemes_are_found() -> None:
+    """Of every kind: were the README written in another way, none might be."""
+    assert len(SCHEMES) >= 30
+    for part in ("int4+ef", "+ef:", "+delta", "@", "rotate|", "|entropy", "topk"):
+        assert any(part in text for text in SCHEMES), part
