@@ -121,22 +121,19 @@ def fetch(v, o, n):
 
 @loop
 def begin(v, factor, signs, at, y, o, n):
-    """`flip` and `wide` in one: y is the first stages' of ``D v factor``, n > WHOLE elements.
-
-    Reading at up to 16 places at once is more than processors foresee, so memory is asked for what
-    comes next.
-    """
+    """`flip` and `wide` in one: y is the first stages' of ``D v factor``, n > WHOLE elements."""
     step = n // U(4) if n > U(16) * WHOLE else WHOLE
-    count = n // step
-    for i in range(U(0), step, VECTOR):
-        fetch(v, o + AHEAD + i * count, VECTOR * count)
-        if count == U(2):
+    if n == U(2) * step:
+        for i in range(U(0), step, VECTOR):
             flip2(v, factor, signs, at + i, y, o + i, step)
-        elif count == U(4):
+    elif n == U(4) * step:
+        for i in range(U(0), step, VECTOR):
             flip4(v, factor, signs, at + i, y, o + i, step)
-        elif count == U(8):
+    elif n == U(8) * step:
+        for i in range(U(0), step, VECTOR):
             flip8(v, factor, signs, at + i, y, o + i, step)
-        else:
+    else:
+        for i in range(U(0), step, VECTOR):
             flip16(v, factor, signs, at + i, y, o + i, step)
     if step > WHOLE:
         for i in range(o, o + n, step):
@@ -145,13 +142,18 @@ def begin(v, factor, signs, at, y, o, n):
 
 @loop
 def flip_butterflies(v, factor, signs, at, y, o, n):
-    """y = H D v factor of n = 2^k elements from o on, 128 to 4096; signs from `at` on."""
+    """y = H D v factor of n = 2^k elements from o on, 128 to 4096; signs from `at` on.
+
+    `begin` reads at up to 16 places at once, more than processors foresee, so memory is asked for
+    what comes next: by the passes that read y, as `begin` alone would ask faster than it answers.
+    """
     if n == WHOLE:
         fetch(v, o + AHEAD, WHOLE)
         flip_last16(v, factor, signs, at, y, o, VECTOR)
         return
     begin(v, factor, signs, at, y, o, n)
     for i in range(o, o + n, WHOLE):
+        fetch(v, i + AHEAD, WHOLE)
         last16(y, i, VECTOR)
 
 

@@ -42,8 +42,10 @@ def has(context: Any, feature: str) -> bool:
 
 def splat(builder: Any, scalar: Any, vector: Any = FLOATS) -> Any:
     """A vector of one number."""
-    first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.IntType(32)(0))
-    return builder.shuffle_vector(first, first, ir.Constant(WORDS, [0] * LANES))
+    none = ir.Constant(vector, ir.Undefined)
+    first = builder.insert_element(none, scalar, ir.IntType(32)(0))
+    lanes = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), [0] * vector.count)
+    return builder.shuffle_vector(first, none, lanes)
 
 
 def _stages(builder: Any, x: list[Any], finish: Callable[[Any], Any]) -> Iterator[Any]:
@@ -164,7 +166,10 @@ def _make_flipped(count: int, *, last: bool, first: bool) -> Any:
 
 @intrinsic
 def prefetch(typing: Any, x: Any, o: Any) -> Any:
-    """Ask for the cache line with element o of x, which may lie beyond its end."""
+    """Ask for the cache line with element o of x, which may lie beyond its end.
+
+    Into L2: L1 waits for a few lines at a time only, and what is read meanwhile waits behind them.
+    """
     del typing
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -172,7 +177,7 @@ def prefetch(typing: Any, x: Any, o: Any) -> Any:
         place = builder.bitcast(address(context, builder, sig.args[0], *args), line)
         kind = ir.FunctionType(ir.VoidType(), [line, word, word, word])
         call = builder.module.declare_intrinsic("llvm.prefetch", (line,), kind)
-        builder.call(call, [place, word(0), word(3), word(1)])  # to read, data, to L1
+        builder.call(call, [place, word(0), word(2), word(1)])  # to read, to L2, data
         return context.get_dummy_value()
 
     return types.void(x, types.uintp), codegen
