@@ -98,41 +98,46 @@ def near(t: Any) -> Any:
     return RANDOM.permutation(a)
 
 
-@pytest.mark.parametrize("permutes", [True, False])
+@pytest.mark.parametrize("instructions", [True, False])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_codes_are_those_of_comparing_with_every_threshold(
-    permutes: bool, bits: int, monkeypatch: pytest.MonkeyPatch
+    instructions: bool, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not permutes:
+    if not instructions:
         monkeypatch.setattr(lookup, "permutes", lambda context: False)
-
-    @numba.njit
-    def run(v: Any, table: Any, guess: Any, x: Any, y: Any, q: Any) -> None:
-        o, p = np.uintp(0), np.uintp(32)
-        cuts, c, half = table[24:], table[16:], np.int32(table[31])
-        fit.fit_run(v, o, p, np.float32(1), guess, cuts, c, half, x, y, o, q)
-
+        monkeypatch.setattr(fit, "has", lambda context, feature: False)
     table = gauss.numbers(f"gauss{bits}")
     half = 2 ** (bits - 1)
+    first = max(2 * half - 8, 0)
+
+    @numba.njit
+    def run(v: Any, table: Any, guess: Any, x: Any, y: Any, q: Any, both: Any) -> None:
+        o, p = np.uintp(0), np.uintp(16)
+        cuts, c, half = table[16:], table[first:], np.int32(table[31])
+        fit.fit_run(v, o, p, np.float32(1), guess, cuts, c, half, x, y, o, q, o)
+        fit.fit_pairs(v, o, p, np.float32(1), guess, cuts, c, half, x, y, p, both, o)
+
     t = table[24 : 23 + half]
-    for _ in range(4):
-        v = near(t if bits > 1 else np.float32([0.5, 1]))
-        a, q = np.abs(v), np.zeros(64, np.uint8)
+    for _ in range(8):
+        v = near(t if bits > 1 else np.float32([0.5, 1]))[:32]
+        a, q, both = np.abs(v), np.zeros(32, np.uint8), np.zeros(16, np.uint8)
         x, y = np.zeros(32, np.float32), np.zeros(32, np.float32)
-        run(v, table, (table[32], table[33]), x, y, q)
+        run(v, table, tuple(table[32:35]), x, y, q, both)
         number = (a[:, None] > t).sum(1)
         np.testing.assert_array_equal(q, np.where(v > 0, half + number, half - 1 - number))
-        m = table[16:24][number]
-        np.testing.assert_array_equal(x, (m * a)[:32] + (m * a)[32:])
-        np.testing.assert_array_equal(y, (m * m)[:32] + (m * m)[32:])
+        if bits == 4:
+            np.testing.assert_array_equal(both, q[:16] | q[16:] << 4)
+        m = table[half : 2 * half][number]
+        np.testing.assert_array_equal(x, np.tile((m * a)[:16] + (m * a)[16:], 2))
+        np.testing.assert_array_equal(y, np.tile((m * m)[:16] + (m * m)[16:], 2))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_a_cell_holds_one_threshold(bits: int) -> None:
     values = gauss.numbers(f"gauss{bits}")[: 2**bits]
     t = thresholds(tuple(values.tolist()))[2 ** (bits - 1) :]
-    cells = np.floor(t * fit.steps_of(t.tolist()) * (1 + np.float64([[-0.02], [0.02]])))
-    np.testing.assert_array_equal(np.minimum(cells, len(t) - 1), [range(len(t))] * 2)
+    cells = np.rint(t * fit.steps_of(t.tolist()) * (1 + np.float64([[-0.02], [0.02]])))
+    np.testing.assert_array_equal(np.minimum(cells, len(t)), [range(1, len(t) + 1)] * 2)
 
 
 def test_thresholds_that_no_cells_hold_are_refused() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from commlib_kernels.numba_cpu.coders import Coder, is_coded, nothing
-from commlib_kernels.numba_cpu.fit import RUN, fit_run, fold, steps_of
+from commlib_kernels.numba_cpu.fit import ROUND, RUN, fit_pairs, fit_run, fold, steps_of
 from commlib_kernels.numba_cpu.jit import SCALARS, floats, inlined, loop
 from commlib_kernels.numba_cpu.lookup import tree
 from commlib_kernels.numba_cpu.strips import U, absmax
@@ -20,9 +20,9 @@ from commlib_kernels.tables import TABLES, thresholds
 
 u8, u32, i32, f32 = np.uint8, np.uint32, np.int32, np.float32
 bf16_nearest, bf16_value = SCALARS.bf16_nearest, SCALARS.bf16_value
-MAGNITUDES, THRESHOLDS, HALF, STEPS, TOP = U(16), U(24), U(31), U(32), U(33)
-"""Places in the array that kernels get, after the 16 values; at HALF the number of magnitudes, then
-how a code is guessed (`fit`)."""
+CUTS, THRESHOLDS, HALF, GUESS = U(16), U(24), U(31), U(32)
+"""Places in the array that kernels get, after the 16 values: thresholds by their cell's code and in
+order; the number of magnitudes; how a code is guessed (`fit`)."""
 WHOLE = U(RUN * LANES)
 
 
@@ -31,13 +31,14 @@ def numbers(table: str) -> npt.NDArray[np.float32]:
     """The array that kernels get."""
     values = TABLES[table]
     half = len(values) // 2
-    found = np.zeros(34, np.float32)
+    found = np.zeros(35, np.float32)
     found[: 2 * half] = values
-    found[16 : 16 + half] = values[half:]
-    found[24:31] = np.inf
     cuts = thresholds(values)[half:]
+    found[[16 + (half + cell - 1) % 8 for cell in range(half)]] = [-1, *cuts]
+    found[24:31] = np.inf
     found[24 : 23 + half] = cuts
-    found[31:] = half, steps_of(cuts.tolist()), max(half - 2, 0)
+    steps = steps_of(cuts.tolist())
+    found[31:] = half, steps, (half - 1) / steps, ROUND + half - 1
     return found
 
 
@@ -91,15 +92,22 @@ def squares(v, o, n, h, down, x):
         x[i] = a * a
 
 
+@inlined
+def lookups(t):
+    """Thresholds and magnitudes by the low bits of codes, and how these are guessed (`fit`)."""
+    first = U(max(i32(t[HALF]) - i32(4), i32(0)) * 2)
+    return t[CUTS:], t[first:], (t[GUESS], t[GUESS + U(1)], t[GUESS + U(2)])
+
+
 @loop
 def products(v, o, n, h, inv, table, x, y, q):
     """Codes of ``z = v inv``; with their values c, products c z to x and c c to y, halved once."""
     t, half = thresholds_of(table), i32(table[HALF])
-    c, cuts, guess = table[MAGNITUDES:], table[THRESHOLDS:], (table[STEPS], table[TOP])
-    pairs = (n - h) & ~(WHOLE - U(1))
-    for i in range(U(0), pairs, WHOLE):
-        fit_run(v, o + i, o + h + i, inv, guess, cuts, c, half, x, y, i, q)
-    for i in range(pairs, h):
+    c, (cuts, by_code, guess) = table[U(half) :], lookups(table)
+    whole = (n - h) & ~(WHOLE - U(1))
+    for i in range(U(0), whole, WHOLE):
+        fit_run(v, o + i, o + h + i, inv, guess, cuts, by_code, half, x, y, i, q, o + i)
+    for i in range(whole, h):
         z = v[o + i] * inv
         a = abs(z)
         k = number(a, t)
@@ -115,10 +123,24 @@ def products(v, o, n, h, inv, table, x, y, q):
             q[o + h + i] = code(w, k, half)
 
 
-def fit(v, nb, width, n, huge, unbiased, table, x, y, s, q):
+@loop
+def pairs(v, o, h, inv, table, x, y, wire, c):
+    """As `products` of 2h elements; codes of 4 bits go to the wire, those h apart together."""
+    half, (cuts, by_code, guess) = i32(table[HALF]), lookups(table)
+    for i in range(U(0), h, WHOLE):
+        fit_pairs(v, o + i, o + h + i, inv, guess, cuts, by_code, half, x, y, i, wire, c + i)
+
+
+@loop
+def no_pairs(v, o, h, inv, table, x, y, wire, c):
+    """For the kinds whose codes are packed."""
+
+
+def fit(v, nb, width, n, huge, unbiased, table, x, y, s, q, paired, wire, c):
     """Code every block and find the scale that suits its codes; x and y are scratch.
 
-    A template, with the `products` and the `padding` of a kind (`ops.py`).
+    Codes go to q; where they are `paired`, to the wire, from byte c on. A template, with the
+    `products`, the `pairs` and the `padding` of a kind (`ops.py`).
     """
     for b in range(nb):
         o = b * width
@@ -134,16 +156,23 @@ def fit(v, nb, width, n, huge, unbiased, table, x, y, s, q):
             squares(v, o, last, h, down, x)
             rms = f32(np.sqrt(halves(x, h) / f32(last)))
             inv = f32(1) / rms * down
-            products(v, o, last, h, inv, table, x, y, q)
-            for i in range(o + last, o + width):
-                q[i] = padding(table)
+            if paired:
+                pairs(v, o, h, inv, table, x, y, wire, c + b * h)
+            else:
+                products(v, o, last, h, inv, table, x, y, q)
+                for i in range(o + last, o + width):
+                    q[i] = padding(table)
             along, across = halves(x, h), halves(y, h)
             ratio = f32(last) / along if unbiased else along / across
             scale = bf16_nearest(rms * ratio * floats((m >> u32(23)) << u32(23)))
             s[b] = bf16_value(BAD_SCALE if scale >= HUGE >> u32(16) else scale)
         if not is_coded(s[b]):
-            for i in range(width):
-                q[o + i] = u8(0)
+            if paired:
+                for i in range(h):
+                    wire[c + b * h + i] = u8(0)
+            else:
+                for i in range(width):
+                    q[o + i] = u8(0)
 
 
 @inlined
@@ -153,7 +182,7 @@ def padding(table):
 
 
 @loop
-def no_fit(v, nb, width, n, huge, unbiased, table, x, y, s, q):
+def no_fit(v, nb, width, n, huge, unbiased, table, x, y, s, q, paired, wire, c):
     """For the other kinds, which have no such scale."""
 
 

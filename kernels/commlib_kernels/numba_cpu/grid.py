@@ -5,11 +5,12 @@ import numpy.typing as npt
 
 from commlib_kernels.numba_cpu.coders import Coder, nothing, uniform_pack, uniform_unpack
 from commlib_kernels.numba_cpu.coders import uniform_value as value
-from commlib_kernels.numba_cpu.gauss import no_code
+from commlib_kernels.numba_cpu.gauss import no_code, no_pairs
 from commlib_kernels.numba_cpu.jit import inlined, loop
 from commlib_kernels.once import once
 
 i8, i32, f32 = np.int8, np.int32, np.float32
+pairs = no_pairs
 
 
 @once

@@ -81,6 +81,7 @@ value: Any = None
 Q: Any = None
 QUICK: Any = None
 FIT: Any = None
+PAIRED: Any = None
 TABLED: Any = None
 constants: Any = None
 fit: Any = None
@@ -224,11 +225,17 @@ def emit(
     if stage == 0:
         gather(v, n, rule, U(piece[GROUP]), a)
     else:
+        c = U(piece[CODE]) + start * nbits // U(8)
+        halving = width == block and width & (width - U(1)) == U(0)
+        paired = PAIRED and nbits == U(4) and whole and halving
         if rule == UNSCALED:
             same_scale(f32(1), nb, s)
         elif FIT:
             more = at(a[SCRATCH + 2], f32)  # random words, of which these kinds have none
-            fit(y, nb, width, real, huge, rule == UNBIASED, table, other, more, s, q)
+            fit(
+                y, nb, width, real, huge, rule == UNBIASED, table, other, more, s, q,
+                paired, wire, c,
+            )  # fmt: skip
             write_scales(s, nb, words, U(piece[SCALE]) // U(2) + start // block)
         elif a[SHARED]:
             same_scale(at(a[GROUPS + 4], f32)[piece[GROUP]], nb, s)
@@ -245,7 +252,6 @@ def emit(
             group = position // U(8)
             key = segments[0, piece[SEGMENT]]
             random_words(r, nb, width, group, u32(a[STEP]), u32(a[RANK]), u32(a[SEED]), key)
-        c = U(piece[CODE]) + start * nbits // U(8)
         simple = not remember or (not a[ROTATED] and kind == FP32 and f[CARRY] == f32(0))
         if QUICK and simple and (nbits == U(4) or nbits == U(8)) and whole:
             quick(
@@ -255,7 +261,10 @@ def emit(
         else:
             if not FIT:
                 code(y, nb, width, s, f[LEVELS], a[STOCHASTIC] != 0, r, table, q)
-            pack(q, nb, width, a[BITS], wire, words, c)
+            if not paired:
+                pack(q, nb, width, a[BITS], wire, words, c)
+            elif remember:
+                unpack(wire, words, c, nb, width, a[BITS], q)
             if remember:
                 if a[ROTATED]:
                     spread(q, nb, width, s, table, y)

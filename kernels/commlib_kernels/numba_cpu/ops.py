@@ -47,7 +47,7 @@ CODERS = coders.CODERS | {
     "table": tables.CODER,
 }
 FITTED = {"gauss": gauss, "grid": grid}
-"""Kinds whose scale suits their codes, and the modules with their `products` and `padding`."""
+"""Kinds whose scale suits their codes; modules with their `products`, `pairs` and `padding`."""
 
 
 def ops(fmt: Format) -> Ops:
@@ -59,7 +59,8 @@ def ops(fmt: Format) -> Ops:
 def _made(kind: Kind) -> Ops:
     coder, fit = CODERS[kind], gauss.no_fit
     if kind in FITTED:
-        own = {"products": FITTED[kind].products, "padding": FITTED[kind].padding}
+        module = FITTED[kind]
+        own = {name: getattr(module, name) for name in ("products", "pairs", "padding")}
         fit = specialise(gauss.fit, kind, own)
     bound: dict[str, Any] = {
         "code": coder.code,
@@ -70,6 +71,7 @@ def _made(kind: Kind) -> Ops:
         "Q": coder.codes,
         "QUICK": kind == "uniform",
         "FIT": kind in FITTED,
+        "PAIRED": kind == "gauss",
         "TABLED": kind in ("gauss", "table"),
         "fit": fit,
     }
