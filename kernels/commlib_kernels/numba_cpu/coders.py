@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from commlib_kernels.numba_cpu.jit import SCALARS, bits, floats, inlined, loop
+from commlib_kernels.numba_cpu.planes import pack_planes, unpack_planes
 
 U = np.uintp
 u8, u16, u32, i8, i32, f32 = np.uint8, np.uint16, np.uint32, np.int8, np.int32, np.float32
@@ -40,105 +41,6 @@ class Coder(NamedTuple):
 def is_coded(scale):
     """Not of a zero block, nor of one that is not finite."""
     return scale == scale and scale != f32(0)
-
-
-# ---- bit planes: 8, 4, 2 and 1 bits, lowest bits first; a plane is contiguous in its block -----
-
-
-@loop
-def pack8(q, o, n, shift, wire, c):
-    """A byte each."""
-    for i in range(n):
-        wire[c + i] = u8(q[o + i] >> shift)
-
-
-@loop
-def pack4(q, o, n, shift, wire, c):
-    """Element i with element i + n / 2."""
-    h = n // U(2)
-    for i in range(h):
-        low = u8(q[o + i] >> shift) & u8(15)
-        wire[c + i] = low | u8(u8(q[o + h + i] >> shift) << u8(4))
-
-
-@loop
-def pack2(q, o, n, shift, wire, c):
-    """Elements n / 4 apart."""
-    h = n // U(4)
-    for i in range(h):
-        low = u8(q[o + i] >> shift) & u8(3) | (u8(q[o + h + i] >> shift) & u8(3)) << u8(2)
-        p = o + U(2) * h + i
-        high = u8(q[p] >> shift) & u8(3) | (u8(q[p + h] >> shift) & u8(3)) << u8(2)
-        wire[c + i] = u8(low) | u8(u8(high) << u8(4))
-
-
-@loop
-def pack1(q, o, n, shift, wire, c):
-    """Elements n / 8 apart."""
-    h = n // U(8)
-    for i in range(h):
-        wire[c + i] = u8(q[o + i] >> shift) & u8(1)
-    for j in range(U(1), U(8)):
-        for i in range(h):
-            wire[c + i] |= u8((u8(q[o + j * h + i] >> shift) & u8(1)) << u8(j))
-
-
-@loop
-def pack_planes(q, nb, width, nbits, wire, c):
-    """All planes of all blocks."""
-    for b in range(nb):
-        o = b * width
-        shift = 0
-        if nbits & 8:
-            pack8(q, o, width, shift, wire, c)
-            c += width
-            shift += 8
-        if nbits & 4:
-            pack4(q, o, width, shift, wire, c)
-            c += width // U(2)
-            shift += 4
-        if nbits & 2:
-            pack2(q, o, width, shift, wire, c)
-            c += width // U(4)
-            shift += 2
-        if nbits & 1:
-            pack1(q, o, width, shift, wire, c)
-            c += width // U(8)
-
-
-@loop
-def add_plane(wire, c, h, per_byte, plane, shift, o, q):
-    """Or one plane of a block into its codes."""
-    mask = u8((1 << plane) - 1)
-    for j in range(per_byte):
-        down = u8(j * U(plane))
-        for i in range(h):
-            q[o + j * h + i] |= ((wire[c + i] >> down) & mask) << shift
-
-
-@loop
-def unpack_planes(wire, c, nb, width, nbits, q):
-    """The inverse of `pack_planes`: codes from 0 to 2^bits - 1."""
-    for b in range(nb):
-        o = b * width
-        for i in range(width):
-            q[o + i] = 0
-        shift = 0
-        if nbits & 8:
-            add_plane(wire, c, width, U(1), 8, shift, o, q)
-            c += width
-            shift += 8
-        if nbits & 4:
-            add_plane(wire, c, width // U(2), U(2), 4, shift, o, q)
-            c += width // U(2)
-            shift += 4
-        if nbits & 2:
-            add_plane(wire, c, width // U(4), U(4), 2, shift, o, q)
-            c += width // U(4)
-            shift += 2
-        if nbits & 1:
-            add_plane(wire, c, width // U(8), U(8), 1, shift, o, q)
-            c += width // U(8)
 
 
 # ---- uniform --------------------------------------------------------------------------------
@@ -215,7 +117,7 @@ def uniform_unpack(wire, words, c, nb, width, nbits, q):
         unpack_planes(wire, c, nb, width, nbits, q)
         half = i8(1 << (nbits - 1))
         for i in range(nb * width):
-            q[i] = i8((q[i] ^ half) - half)
+            q[i] = i8(i8(q[i] ^ half) - half)  # left as an int64 it takes 15 times as long
 
 
 @inlined

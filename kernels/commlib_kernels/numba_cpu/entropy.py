@@ -8,8 +8,8 @@ M = ceil(2^44 / f), which is exact for x < f 2^20, and x M < 2^64. Equations: re
 
 import numpy as np
 
-from commlib_kernels.numba_cpu.coders import pack_planes, unpack_planes
 from commlib_kernels.numba_cpu.jit import at, entry, inlined, loop
+from commlib_kernels.numba_cpu.planes import pack_planes, unpack_planes
 from commlib_kernels.numba_cpu.strips import U
 from commlib_kernels.squeezed import LANES, LOW, PROB_BITS, STATES_AT, Bytes, Section
 

@@ -7,9 +7,10 @@ not. A table is 16 values and the 15 thresholds between them in one array.
 import numpy as np
 import numpy.typing as npt
 
-from commlib_kernels.numba_cpu.coders import Coder, is_coded, nothing, pack_planes, unpack_planes
+from commlib_kernels.numba_cpu.coders import Coder, is_coded, nothing
 from commlib_kernels.numba_cpu.jit import floats, inlined, loop
 from commlib_kernels.numba_cpu.lookup import look_up, look_up_and_add
+from commlib_kernels.numba_cpu.planes import pack_planes, unpack_planes
 from commlib_kernels.numba_cpu.strips import U
 from commlib_kernels.numba_cpu.vectors import LANES
 from commlib_kernels.once import once
