@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import multiprocessing
 import os
 import random
 import statistics
@@ -45,6 +44,7 @@ from tqdm import tqdm
 from bench.easgd import BETA, RATE, STEPS, WORKERS, Trainee, elastic, named, trainee
 from bench.easgd_ranks import Inner, Task, rank_main
 from bench.feedback import Row, conclude, holds, number, verdict
+from bench.forked import forked
 from bench.problems import Digits
 from commlib.optim import Center, Server
 from commlib.optim.tree import moving_rate
@@ -79,8 +79,7 @@ class Crew:
     """Processes that wait for tasks. progress: steps done, by rank of the worker."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["bench.easgd_warm"])
+        self._context = forked("bench.easgd_warm")
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.progress: Any = self._context.RawArray("q", WORKERS)
         self._idle: list[Seat] = []

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -48,6 +47,7 @@ from bench.fault_ranks import (
     rank_main,
     same,
 )
+from bench.forked import forked
 from commlib.benchmark.rows import origin
 
 RESULTS = Path(__file__).parent / "results" / "faults.jsonl"
@@ -106,13 +106,8 @@ def trials(count: int, seed: int, kinds: Mapping[str, int] = MIX) -> Iterator[Tr
 
 @functools.cache
 def _context() -> Any:
-    # OpenBLAS would start threads in the server, and a fork has none of them.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # backtraces of every failed read
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench.fault_server"])
-    return context
+    return forked("bench.fault_server")
 
 
 @functools.cache

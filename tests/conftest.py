@@ -7,10 +7,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from bench.forked import forked
+
 if TYPE_CHECKING:
     import torch
 
     from tests.processes import Pool
+
+# What ranks in processes of their own import and compile, whichever test forks the first of them.
+forked(
+    "bench.fault_server",
+    "commlib.integrations.wrapping",
+    "torch._dynamo",  # which the first optimizer imports
+    "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
+)
 
 
 @pytest.fixture

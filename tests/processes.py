@@ -25,6 +25,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from bench.forked import forked
+
 START_SECONDS = 400.0
 # Gloo sometimes (3 of 500 times) fails to connect its ranks on loopback; such a run is repeated.
 NOT_CONNECTED = "Gloo connectFullMesh failed"
@@ -132,7 +134,7 @@ class Pool:
             return
         if self._store is None:
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
+        context = forked()
         for _ in range(self.ranks):
             mine, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, self._store.port), daemon=True)
