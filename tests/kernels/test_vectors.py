@@ -6,8 +6,9 @@ import numba
 import numpy as np
 import pytest
 
-from commlib_kernels.numba_cpu import fit, gauss, lookup, rotation, vectors
+from commlib_kernels.numba_cpu import fit, gauss, lookup, nearest, rotation, vectors
 from commlib_kernels.philox import SIGNS
+from commlib_kernels.reference import elements
 from commlib_kernels.tables import thresholds
 
 RANDOM = np.random.default_rng(0)
@@ -88,6 +89,38 @@ def test_flips_within_the_first_and_the_last_pass(width: int) -> None:
     flipped = np.where(turned, -v, v)
     np.testing.assert_array_equal(y, flipped @ hadamard(width) * np.float32(factor))
     np.testing.assert_array_equal(back, v)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_nearest_rounds_ties_to_even(bits: int) -> None:
+    @numba.njit
+    def run(v: Any, wire: Any) -> None:
+        o, p = np.uintp(0), np.uintp(32)
+        if bits == 4:
+            nearest.nibbles(v, o, p, np.float32(0.5), wire, o)
+        else:
+            nearest.octets(v, o, p, np.float32(0.5), wire, o)
+            nearest.octets(v, p, p, np.float32(0.5), wire, p)
+
+    top = 2 ** (bits - 1) - 1
+    for _ in range(8):
+        v = (RANDOM.integers(-4 * top, 4 * top + 1, 64) / 2).astype(np.float32)
+        v[RANDOM.integers(0, 64, 16)] = np.nextafter(np.float32(1), np.float32([0, 2] * 8))
+        codes = np.rint(v * np.float32(0.5)).astype(np.int8).view(np.uint8)
+        wire = np.zeros(64, np.uint8)
+        run(v, wire)
+        if bits == 4:
+            np.testing.assert_array_equal(wire[:32], codes[:32] & 15 | codes[32:] << 4)
+        else:
+            np.testing.assert_array_equal(wire, codes)
+
+
+@pytest.mark.parametrize("levels", [7, 127])
+def test_what_its_scale_is_made_of_rounds_to_the_largest_code(levels: int) -> None:
+    """So codes of blocks whose scale is of the absolute maximum need no clamp: of every mantissa."""
+    m = np.arange(0x3F800000, 0x40000000, dtype=np.uint32).view(np.float32)
+    scale = elements.bf16_value(elements.bf16_up(m / np.float32(levels)))
+    assert np.rint(m * (np.float32(1) / scale)).max() == levels
 
 
 def near(t: Any) -> Any:

@@ -18,7 +18,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from commlib_kernels.numba_cpu.lookup import every, take
-from commlib_kernels.numba_cpu.vectors import FLOATS, LANES, WORDS, address, has, splat
+from commlib_kernels.numba_cpu.vectors import FLOATS, LANES, WORDS, address, has, low_bytes, splat
 
 RUN = 2
 """Vectors of codes that are stored at once."""
@@ -37,16 +37,6 @@ def steps_of(thresholds: Sequence[float]) -> float:
     if not least * 1.04 < most:
         raise ValueError(f"thresholds {thresholds} are too uneven for cells of one width")
     return float((least * most) ** 0.5)
-
-
-def _bytes(builder: Any, words: Sequence[Any]) -> Any:
-    """The low bytes of vectors of words, as one vector."""
-    while len(words) > 1:
-        lanes = list(range(2 * words[0].type.count))
-        places = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
-        pairs = zip(words[::2], words[1::2], strict=True)
-        words = [builder.shuffle_vector(low, high, places) for low, high in pairs]
-    return builder.trunc(words[0], _CODES)
 
 
 def _guess(context: Any, builder: Any, a: Any, steps: Any, zero: Any) -> Any:
@@ -108,10 +98,10 @@ def _make(*, pairs: bool) -> Any:
                     builder.or_(builder.and_(a, every(15)), builder.shl(b, every(4)))
                     for a, b in zip(low, high, strict=True)
                 ]
-                put(builder.not_(_bytes(builder, both)), to)
+                put(builder.not_(low_bytes(builder, both)), to)
             else:
                 for words, o in ((low, first), (high, second)):
-                    codes = builder.xor(_bytes(builder, words), mirror)
+                    codes = builder.xor(low_bytes(builder, words), mirror)
                     put(builder.and_(codes, mirror), builder.add(to, builder.sub(o, first)))
             return context.get_dummy_value()
 

@@ -255,8 +255,8 @@ def emit(
         simple = not remember or (not a[ROTATED] and kind == FP32 and f[CARRY] == f32(0))
         if QUICK and simple and (nbits == U(4) or nbits == U(8)) and whole:
             quick(
-                y, nb, width, s, f[LEVELS], a[STOCHASTIC] != 0, r, a[BITS], wire, c, h, remember,
-                f[OMEGA],
+                y, nb, width, s, f[LEVELS], a[STOCHASTIC] != 0, rule == ABSMAX, r, a[BITS], wire, c,
+                h, remember, f[OMEGA],
             )  # fmt: skip
         else:
             if not FIT:

@@ -9,12 +9,27 @@ from typing import Any
 import numpy as np
 
 from commlib_kernels.numba_cpu.coders import is_coded
-from commlib_kernels.numba_cpu.jit import SCALARS, inlined, loop, specialise
+from commlib_kernels.numba_cpu.jit import SCALARS, bits, floats, inlined, loop, specialise
+from commlib_kernels.numba_cpu.nearest import INTEGERS, RUN, nibbles, octets
+from commlib_kernels.numba_cpu.vectors import LANES
 
 U = np.uintp
 u8, u32, i8, i32, f32 = np.uint8, np.uint32, np.int8, np.int32, np.float32
 
 uniform = SCALARS.uniform
+WHOLE = U(RUN * LANES)
+
+
+@inlined
+def pick_within(y, word, low, high):
+    """Ties to even, of what is within [low, high] when rounded: the low byte."""
+    return i32(bits(y + f32(INTEGERS)))
+
+
+@inlined
+def number_within(code):
+    """The number that was picked."""
+    return floats(u32(code)) - f32(INTEGERS)
 
 
 @inlined
@@ -27,6 +42,12 @@ def pick_nearest(y, word, low, high):
 def pick_stochastic(y, word, low, high):
     """Floor after adding a uniform number."""
     return min(max(i32(np.floor(y + uniform(word))), low), high)
+
+
+@inlined
+def number_picked(code):
+    """The number that was picked."""
+    return f32(code)
 
 
 @inlined
@@ -43,18 +64,19 @@ def put8(wire, p, i, half, a, d):
 
 
 @inlined
-def keep(h, i, omega, v, code, s):
+def keep(h, i, omega, v, number, s):
     """The new residual."""
-    h[i] = omega * (v - f32(code) * s)
+    h[i] = omega * (v - number * s)
 
 
 @inlined
-def keep_nothing(h, i, omega, v, code, s):
+def keep_nothing(h, i, omega, v, number, s):
     """There is no residual."""
 
 
 # Bound below.
 pick: Any = None
+number: Any = None
 put: Any = None
 remember: Any = None
 BYTES: Any = None
@@ -76,8 +98,8 @@ def one_pass(v, nb, width, s, levels, r, wire, c, h, omega):
                 a = pick(v[o + i] * inv, word & u32(0xFFFF), low, high)
                 d = pick(v[o + half + i] * inv, word >> u32(16), low, high)
                 put(wire, p, i, half, a, d)
-                remember(h, o + i, omega, v[o + i], a, scale)
-                remember(h, o + half + i, omega, v[o + half + i], d, scale)
+                remember(h, o + i, omega, v[o + i], number(a), scale)
+                remember(h, o + half + i, omega, v[o + half + i], number(d), scale)
         else:
             for i in range(half * U(BYTES)):
                 wire[p + i] = u8(0)
@@ -86,36 +108,79 @@ def one_pass(v, nb, width, s, levels, r, wire, c, h, omega):
                     h[o + i] = f32(0)
 
 
-def _bind(bits: int, *, stochastic: bool, keeps: bool) -> Any:
+def _bind(nbits: int, rounding: str, *, keeps: bool) -> Any:
+    picks = {"nearest": pick_nearest, "within": pick_within, "random": pick_stochastic}
     bound = {
-        "pick": pick_stochastic if stochastic else pick_nearest,
-        "put": put4 if bits == 4 else put8,
-        "BYTES": bits // 4,
+        "pick": picks[rounding],
+        "number": number_within if rounding == "within" else number_picked,
+        "put": put4 if nbits == 4 else put8,
+        "BYTES": nbits // 4,
         "remember": keep if keeps else keep_nothing,
         "KEEPS": keeps,
     }
-    return specialise(one_pass, f"{bits}_{stochastic}_{keeps}", bound)
+    return specialise(one_pass, f"{nbits}_{rounding}_{keeps}", bound)
 
 
-nearest4 = _bind(4, stochastic=False, keeps=False)
-nearest4_keep = _bind(4, stochastic=False, keeps=True)
-nearest8 = _bind(8, stochastic=False, keeps=False)
-nearest8_keep = _bind(8, stochastic=False, keeps=True)
-random4 = _bind(4, stochastic=True, keeps=False)
-random4_keep = _bind(4, stochastic=True, keeps=True)
-random8 = _bind(8, stochastic=True, keeps=False)
-random8_keep = _bind(8, stochastic=True, keeps=True)
+nearest4, nearest8 = (_bind(nbits, "nearest", keeps=False) for nbits in (4, 8))
+nearest4_keep, nearest8_keep = (_bind(nbits, "nearest", keeps=True) for nbits in (4, 8))
+within4_keep, within8_keep = (_bind(nbits, "within", keeps=True) for nbits in (4, 8))
+random4, random8 = (_bind(nbits, "random", keeps=False) for nbits in (4, 8))
+random4_keep, random8_keep = (_bind(nbits, "random", keeps=True) for nbits in (4, 8))
 
 
 @loop
-def quick(v, nb, width, s, levels, stochastic, r, nbits, wire, c, h, keeps, omega):
-    """Code, pack and renew in one pass, where there is one."""
+def within4(v, nb, width, s, wire, c):
+    """As `one_pass` of 4 bits, within, without a residual: by whole vectors."""
+    half = width // U(2)
+    whole = half & ~(WHOLE - U(1))
+    for b in range(nb):
+        o, p = b * width, c + b * half
+        if is_coded(s[b]):
+            inv = f32(1) / s[b]
+            for i in range(U(0), whole, WHOLE):
+                nibbles(v, o + i, o + half + i, inv, wire, p + i)
+            for i in range(whole, half):
+                a = pick_within(v[o + i] * inv, u32(0), 0, 0)
+                put4(wire, p, i, half, a, pick_within(v[o + half + i] * inv, u32(0), 0, 0))
+        else:
+            for i in range(half):
+                wire[p + i] = u8(0)
+
+
+@loop
+def within8(v, nb, width, s, wire, c):
+    """The same of 8 bits."""
+    whole = width & ~(WHOLE - U(1))
+    for b in range(nb):
+        o, p = b * width, c + b * width
+        if is_coded(s[b]):
+            inv = f32(1) / s[b]
+            for i in range(U(0), whole, WHOLE):
+                octets(v, o + i, o, inv, wire, p + i)
+            for i in range(whole, width):
+                wire[p + i] = u8(pick_within(v[o + i] * inv, u32(0), 0, 0))
+        else:
+            for i in range(width):
+                wire[p + i] = u8(0)
+
+
+@loop
+def quick(v, nb, width, s, levels, stochastic, within, r, nbits, wire, c, h, keeps, omega):
+    """Code, pack and renew in one pass, where there is one.
+
+    within: no value exceeds `levels` scales, as where the scale is that of the absolute maximum.
+    """
     if nbits == 4:
         if stochastic:
             if keeps:
                 random4_keep(v, nb, width, s, levels, r, wire, c, h, omega)
             else:
                 random4(v, nb, width, s, levels, r, wire, c, h, omega)
+        elif within:
+            if keeps:
+                within4_keep(v, nb, width, s, levels, r, wire, c, h, omega)
+            else:
+                within4(v, nb, width, s, wire, c)
         elif keeps:
             nearest4_keep(v, nb, width, s, levels, r, wire, c, h, omega)
         else:
@@ -125,6 +190,11 @@ def quick(v, nb, width, s, levels, stochastic, r, nbits, wire, c, h, keeps, omeg
             random8_keep(v, nb, width, s, levels, r, wire, c, h, omega)
         else:
             random8(v, nb, width, s, levels, r, wire, c, h, omega)
+    elif within:
+        if keeps:
+            within8_keep(v, nb, width, s, levels, r, wire, c, h, omega)
+        else:
+            within8(v, nb, width, s, wire, c)
     elif keeps:
         nearest8_keep(v, nb, width, s, levels, r, wire, c, h, omega)
     else:

@@ -10,7 +10,7 @@ A pass holds up to 16 vectors in registers and does their four stages (and the l
 one load and one store. LLVM's vectors are of any length: the code is the same for every processor.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -46,6 +46,16 @@ def splat(builder: Any, scalar: Any, vector: Any = FLOATS) -> Any:
     first = builder.insert_element(none, scalar, ir.IntType(32)(0))
     lanes = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), [0] * vector.count)
     return builder.shuffle_vector(first, none, lanes)
+
+
+def low_bytes(builder: Any, words: Sequence[Any]) -> Any:
+    """The low bytes of 2^k vectors of words, as one vector."""
+    while len(words) > 1:
+        lanes = list(range(2 * words[0].type.count))
+        places = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
+        pairs = zip(words[::2], words[1::2], strict=True)
+        words = [builder.shuffle_vector(low, high, places) for low, high in pairs]
+    return builder.trunc(words[0], ir.VectorType(ir.IntType(8), words[0].type.count))
 
 
 def _stages(builder: Any, x: list[Any], finish: Callable[[Any], Any]) -> Iterator[Any]:
