@@ -22,6 +22,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -169,6 +170,8 @@ class Pool:
 
 def _work(pipe: Connection, port: int) -> None:
     torch.set_num_threads(1)
+    torch.seed()  # a fork has its server's random state: ranks would draw alike
+    np.random.seed()
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     pipe.send("ready")
     while True:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -33,6 +35,17 @@ def one_dies() -> int:
     if dist.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return dist.get_rank()
+
+
+def drawn() -> tuple[float, float, bool]:
+    return torch.rand(()).item(), float(np.random.rand()), "torch._dynamo" in sys.modules
+
+
+def test_ranks_are_forked_with_what_they_need_and_draw_apart(pool: Pool) -> None:
+    ours, others = pool.run(drawn, ranks=2)
+    assert ours[2]
+    assert ours[0] != others[0]
+    assert ours[1] != others[1]
 
 
 def test_results_errors_and_deaths(pool: Pool) -> None:

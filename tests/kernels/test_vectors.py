@@ -5,11 +5,15 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
+import torch
 
+from commlib_kernels import Format, numba_cpu, reference
+from commlib_kernels.layout import Layout, stride
 from commlib_kernels.numba_cpu import fit, gauss, lookup, nearest, rotation, vectors
 from commlib_kernels.philox import SIGNS
 from commlib_kernels.reference import elements
 from commlib_kernels.tables import thresholds
+from commlib_kernels.tag import Tag
 
 RANDOM = np.random.default_rng(0)
 
@@ -117,10 +121,22 @@ def test_nearest_rounds_ties_to_even(bits: int) -> None:
 
 @pytest.mark.parametrize("levels", [7, 127])
 def test_what_its_scale_is_made_of_rounds_to_the_largest_code(levels: int) -> None:
-    """So codes of blocks whose scale is of the absolute maximum need no clamp: of every mantissa."""
+    """Every mantissa: where the scale is of the absolute maximum no code needs a clamp."""
     m = np.arange(0x3F800000, 0x40000000, dtype=np.uint32).view(np.float32)
     scale = elements.bf16_value(elements.bf16_up(m / np.float32(levels)))
     assert np.rint(m * (np.float32(1) / scale)).max() == levels
+
+
+@pytest.mark.parametrize("scale", ["l2", "e8m0", "e8m0_up"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_are_clamped_where_values_may_exceed_them(bits: int, scale: Any) -> None:
+    fmt = Format("uniform", bits=bits, levels=2 ** (bits - 1) - 1, block=64, scale=scale)
+    x = torch.tensor(RANDOM.standard_normal(640).astype(np.float32))
+    layout = Layout((640,), align=fmt.align)
+    wires = [torch.zeros(stride(layout, fmt), dtype=torch.uint8) for _ in range(2)]
+    for backend, wire in zip((numba_cpu, reference), wires, strict=True):
+        backend.quantize(fmt, x, wire, layout, Tag())
+    assert torch.equal(*wires)
 
 
 def near(t: Any) -> Any:
@@ -163,6 +179,11 @@ def test_codes_are_those_of_comparing_with_every_threshold(
         m = table[half : 2 * half][number]
         np.testing.assert_array_equal(x, np.tile((m * a)[:16] + (m * a)[16:], 2))
         np.testing.assert_array_equal(y, np.tile((m * m)[:16] + (m * m)[16:], 2))
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.98, 2.0])
+def test_one_threshold_may_lie_anywhere(threshold: float) -> None:
+    assert round(threshold * fit.steps_of([threshold])) == 1
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -30,8 +30,8 @@ _MAGNITUDE = 0x7FFFFFFF
 def steps_of(thresholds: Sequence[float]) -> float:
     """Cells per unit such that threshold k lies in cell k + 1; the last has all that is above."""
     last = len(thresholds) - 1
-    if last < 1:
-        return 1.0  # no other threshold is near
+    if last < 1:  # no other threshold is near
+        return 1 / thresholds[0] if thresholds else 1.0
     least = max((k + 0.5) / t for k, t in enumerate(thresholds))
     most = min((k + 1.5) / t for k, t in enumerate(thresholds[:last]))
     if not least * 1.04 < most:

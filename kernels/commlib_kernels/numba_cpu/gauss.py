@@ -125,7 +125,10 @@ def products(v, o, n, h, inv, table, x, y, q):
 
 @loop
 def pairs(v, o, h, inv, table, x, y, wire, c):
-    """As `products` of 2h elements; codes of 4 bits go to the wire, those h apart together."""
+    """As `products` of 2h elements; codes of 4 bits go to the wire, those h apart together.
+
+    h is a multiple of 16.
+    """
     half, (cuts, by_code, guess) = i32(table[HALF]), lookups(table)
     for i in range(U(0), h, WHOLE):
         fit_pairs(v, o + i, o + h + i, inv, guess, cuts, by_code, half, x, y, i, wire, c + i)

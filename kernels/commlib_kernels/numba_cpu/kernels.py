@@ -226,7 +226,7 @@ def emit(
         gather(v, n, rule, U(piece[GROUP]), a)
     else:
         c = U(piece[CODE]) + start * nbits // U(8)
-        halving = width == block and width & (width - U(1)) == U(0)
+        halving = width == block and width >= U(32) and width & (width - U(1)) == U(0)
         paired = PAIRED and nbits == U(4) and whole and halving
         if rule == UNSCALED:
             same_scale(f32(1), nb, s)

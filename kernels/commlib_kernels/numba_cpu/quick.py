@@ -22,7 +22,7 @@ WHOLE = U(RUN * LANES)
 
 @inlined
 def pick_within(y, word, low, high):
-    """Ties to even, of what is within [low, high] when rounded: the low byte."""
+    """Ties to even, of what is within [low, high] (not looked at) when rounded: the low byte."""
     return i32(bits(y + f32(INTEGERS)))
 
 
@@ -168,7 +168,7 @@ def within8(v, nb, width, s, wire, c):
 def quick(v, nb, width, s, levels, stochastic, within, r, nbits, wire, c, h, keeps, omega):
     """Code, pack and renew in one pass, where there is one.
 
-    within: no value exceeds `levels` scales, as where the scale is that of the absolute maximum.
+    within: no code exceeds `levels`, as where the scale is that of the absolute maximum.
     """
     if nbits == 4:
         if stochastic:
