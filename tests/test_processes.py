@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -41,8 +42,9 @@ def drawn() -> tuple[float, float, bool]:
     return torch.rand(()).item(), float(np.random.rand()), "torch._dynamo" in sys.modules
 
 
-def test_ranks_are_forked_with_what_they_need_and_draw_apart(pool: Pool) -> None:
-    ours, others = pool.run(drawn, ranks=2)
+def test_ranks_are_forked_with_what_they_need_and_draw_apart() -> None:
+    with contextlib.closing(Pool(2)) as new:  # tests have seeded the shared ones
+        ours, others = new.run(drawn)
     assert ours[2]
     assert ours[0] != others[0]
     assert ours[1] != others[1]
