@@ -253,10 +253,11 @@ def emit(
             key = segments[0, piece[SEGMENT]]
             random_words(r, nb, width, group, u32(a[STEP]), u32(a[RANK]), u32(a[SEED]), key)
         simple = not remember or (not a[ROTATED] and kind == FP32 and f[CARRY] == f32(0))
+        simple = simple and (a[STOCHASTIC] != 0 or rule == ABSMAX)
         if QUICK and simple and (nbits == U(4) or nbits == U(8)) and whole:
             quick(
-                y, nb, width, s, f[LEVELS], a[STOCHASTIC] != 0, rule == ABSMAX, r, a[BITS], wire, c,
-                h, remember, f[OMEGA],
+                y, nb, width, s, f[LEVELS], a[STOCHASTIC] != 0, r, a[BITS], wire, c, h, remember,
+                f[OMEGA],
             )  # fmt: skip
         else:
             if not FIT:

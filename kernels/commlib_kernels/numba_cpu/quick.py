@@ -33,12 +33,6 @@ def number_within(code):
 
 
 @inlined
-def pick_nearest(y, word, low, high):
-    """Ties to even."""
-    return min(max(i32(np.rint(y)), low), high)
-
-
-@inlined
 def pick_stochastic(y, word, low, high):
     """Floor after adding a uniform number."""
     return min(max(i32(np.floor(y + uniform(word))), low), high)
@@ -108,29 +102,26 @@ def one_pass(v, nb, width, s, levels, r, wire, c, h, omega):
                     h[o + i] = f32(0)
 
 
-def _bind(nbits: int, rounding: str, *, keeps: bool) -> Any:
-    picks = {"nearest": pick_nearest, "within": pick_within, "random": pick_stochastic}
+def _bind(nbits: int, *, stochastic: bool, keeps: bool) -> Any:
     bound = {
-        "pick": picks[rounding],
-        "number": number_within if rounding == "within" else number_picked,
+        "pick": pick_stochastic if stochastic else pick_within,
+        "number": number_picked if stochastic else number_within,
         "put": put4 if nbits == 4 else put8,
         "BYTES": nbits // 4,
         "remember": keep if keeps else keep_nothing,
         "KEEPS": keeps,
     }
-    return specialise(one_pass, f"{nbits}_{rounding}_{keeps}", bound)
+    return specialise(one_pass, f"{nbits}_{stochastic}_{keeps}", bound)
 
 
-nearest4, nearest8 = (_bind(nbits, "nearest", keeps=False) for nbits in (4, 8))
-nearest4_keep, nearest8_keep = (_bind(nbits, "nearest", keeps=True) for nbits in (4, 8))
-within4_keep, within8_keep = (_bind(nbits, "within", keeps=True) for nbits in (4, 8))
-random4, random8 = (_bind(nbits, "random", keeps=False) for nbits in (4, 8))
-random4_keep, random8_keep = (_bind(nbits, "random", keeps=True) for nbits in (4, 8))
+nearest4_keep, nearest8_keep = (_bind(nbits, stochastic=False, keeps=True) for nbits in (4, 8))
+random4, random8 = (_bind(nbits, stochastic=True, keeps=False) for nbits in (4, 8))
+random4_keep, random8_keep = (_bind(nbits, stochastic=True, keeps=True) for nbits in (4, 8))
 
 
 @loop
-def within4(v, nb, width, s, wire, c):
-    """As `one_pass` of 4 bits, within, without a residual: by whole vectors."""
+def nearest4(v, nb, width, s, wire, c):
+    """As `one_pass` of 4 bits, to the nearest, without a residual: by whole vectors."""
     half = width // U(2)
     whole = half & ~(WHOLE - U(1))
     for b in range(nb):
@@ -148,7 +139,7 @@ def within4(v, nb, width, s, wire, c):
 
 
 @loop
-def within8(v, nb, width, s, wire, c):
+def nearest8(v, nb, width, s, wire, c):
     """The same of 8 bits."""
     whole = width & ~(WHOLE - U(1))
     for b in range(nb):
@@ -165,10 +156,10 @@ def within8(v, nb, width, s, wire, c):
 
 
 @loop
-def quick(v, nb, width, s, levels, stochastic, within, r, nbits, wire, c, h, keeps, omega):
+def quick(v, nb, width, s, levels, stochastic, r, nbits, wire, c, h, keeps, omega):
     """Code, pack and renew in one pass, where there is one.
 
-    within: no code exceeds `levels`, as where the scale is that of the absolute maximum.
+    To the nearest only where no code exceeds `levels`: where scales are of the absolute maximum.
     """
     if nbits == 4:
         if stochastic:
@@ -176,26 +167,16 @@ def quick(v, nb, width, s, levels, stochastic, within, r, nbits, wire, c, h, kee
                 random4_keep(v, nb, width, s, levels, r, wire, c, h, omega)
             else:
                 random4(v, nb, width, s, levels, r, wire, c, h, omega)
-        elif within:
-            if keeps:
-                within4_keep(v, nb, width, s, levels, r, wire, c, h, omega)
-            else:
-                within4(v, nb, width, s, wire, c)
         elif keeps:
             nearest4_keep(v, nb, width, s, levels, r, wire, c, h, omega)
         else:
-            nearest4(v, nb, width, s, levels, r, wire, c, h, omega)
+            nearest4(v, nb, width, s, wire, c)
     elif stochastic:
         if keeps:
             random8_keep(v, nb, width, s, levels, r, wire, c, h, omega)
         else:
             random8(v, nb, width, s, levels, r, wire, c, h, omega)
-    elif within:
-        if keeps:
-            within8_keep(v, nb, width, s, levels, r, wire, c, h, omega)
-        else:
-            within8(v, nb, width, s, wire, c)
     elif keeps:
         nearest8_keep(v, nb, width, s, levels, r, wire, c, h, omega)
     else:
-        nearest8(v, nb, width, s, levels, r, wire, c, h, omega)
+        nearest8(v, nb, width, s, wire, c)
