@@ -24,7 +24,6 @@ from .capture import ONCE, Captures
 from .checked import Checked
 from .collectives import Steps
 from .collectives.base import span
-from .lane import MIN_BYTES as LANE_MIN_BYTES
 from .lane import Lane
 from .plans import PARTS, Message, Plan
 from .runner import Runner, Task
@@ -141,8 +140,7 @@ class Carrier:
     def _via(self, plan: Plan, message: Message) -> Transport:
         """The transport of the message about to start; the same kind on all ranks."""
         transport, by_hosts = self.transport, message.hierarchical
-        large = message.part_bytes(plan.op, transport.size) >= LANE_MIN_BYTES
-        if transport.tagged and (by_hosts or (large and not self.checking)):
+        if transport.tagged and (by_hosts or (message.laned(plan.op) and not self.checking)):
             transport = Lane(transport, self._agreement.number, self._number)
         if self.checking:
             return Checked(transport, message.name, self._number, self.timeout)

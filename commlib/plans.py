@@ -21,7 +21,6 @@ import torch
 from commlib_kernels.layout import Layout
 
 from .algorithms import AlgorithmConfig, Hierarchical, Native, PowerSGD, Thc, TwoPhase, matrix_of
-from .collectives import power_sgd
 from .collectives.power_sgd import Shapes
 from .feedback import Key, names_of
 from .modes import Delta
@@ -32,8 +31,8 @@ from .scheme import DTYPES, Role, Scheme, check_dtype
 # segments travel in a message of their own, with the same bits.
 RIDE_SHARE = 0.125
 
-# Collectives whose exchanges have equal parts; all_reduce only by two_phase.
-EVEN = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
+# Collectives that have lanes, beside all_reduce by two_phase and power_sgd.
+LANED = ("reduce_scatter", "all_gather", "all_to_all")
 PARTS = "all_to_all of parts"
 """all_to_all of unequal parts: a scheme for each, by its size, which its two ends know."""
 
@@ -86,17 +85,11 @@ class Message:
         """Whether it goes by groups of ranks within the group."""
         return isinstance(self.scheme.algorithm, Hierarchical)
 
-    def part_bytes(self, op: str, ranks: int) -> int:
-        """About what it has for each of `ranks`, where all get as much; else 0."""
-        config = self.scheme.algorithm
-        if op == "all_reduce" and isinstance(config, PowerSGD):
-            exchanges = power_sgd.exchanges(self.layout, self.shapes, config.rank)
-            return max(map(self.scheme.codec.nbytes, exchanges)) // ranks
-        if op not in EVEN or (op == "all_reduce" and not isinstance(config, TwoPhase)):
-            return 0
-        if self.scheme.lossless:
-            return self.layout.numel * self.layout.dtype.itemsize // ranks
-        return self.scheme.codec.nbytes(self.layout) // ranks
+    def laned(self, op: str) -> bool:
+        """Whether all that it sends goes by all_to_all and all_gather, which a lane has."""
+        if op == "all_reduce":
+            return isinstance(self.scheme.algorithm, TwoPhase | PowerSGD)
+        return op in LANED
 
     def held(self, hold: Sequence[int]) -> tuple[int, ...]:
         """`hold` (segments of the call) as segments of this message."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -216,6 +217,9 @@ class ThreadTransport:
         if src is not None:
             check_rank("recv", src, self.size)
         return self._letter(x, src, self.rank, tag, 1)
+
+    def posting(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def barrier(self) -> None:
         self._join(("barrier",), (), lambda rows: None).wait(self.timeout)

@@ -13,6 +13,7 @@ These count payload; TCP headers and acknowledgements add about 1% to what an in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -107,6 +108,9 @@ class Transport(Protocol):
     def recv(self, x: torch.Tensor, src: int | None, tag: int = 0) -> Receipt:
         """Receive into `x` from rank `src` (None: any), which sends with the same tag."""
 
+    def posting(self) -> AbstractContextManager[None]:
+        """A block of several sends and receives: what each does for itself is done once."""
+
     def barrier(self) -> None:
         """Wait for all ranks."""
 
@@ -162,6 +166,9 @@ class Through:
 
     def recv(self, x: torch.Tensor, src: int | None, tag: int = 0) -> Receipt:
         return self._inner.recv(x, src, tag)
+
+    def posting(self) -> AbstractContextManager[None]:
+        return self._inner.posting()
 
     def barrier(self) -> None:
         self._inner.barrier()

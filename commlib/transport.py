@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from .aside import ASIDE
 from .asking import Asking
 from .pending import Exchange
 from .threads import ThreadTransport, run_ranks
@@ -98,6 +99,10 @@ class TorchTransport:
         self._subs: dict[tuple[int, ...], TorchTransport] = {}
         self.tagged = self._gloo = backends(group)[self.device.type] == GLOO
         self._chain = not self._gloo
+        self._posting: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self._gloo:
+            ASIDE.find()
+            self._posting = ASIDE
         self._store = c10d._get_process_group_store(group)
         self._ask = Asking("the group's store")
         self._sum = self._options(c10d.AllreduceOptions())
@@ -169,17 +174,20 @@ class TorchTransport:
         self._check("send", x)
         check_rank("send", dst, self.size)
         self._add(x.nbytes)
-        work = self._plain.send([x], dst, FIRST_TAG + tag)
+        with self._posting:
+            work = self._plain.send([x], dst, FIRST_TAG + tag)
         return self._exchange(work, x, tellable=not self._gloo)
 
     def recv(self, x: torch.Tensor, src: int | None, tag: int = 0) -> Receipt:
         self._check("recv", x)
         tellable = not self._gloo
         if src is None:
-            work = self._plain.recv_anysource([x], FIRST_TAG + tag)
+            with self._posting:
+                work = self._plain.recv_anysource([x], FIRST_TAG + tag)
             return Exchange(work, x, tellable=tellable, any_source=True)
         check_rank("recv", src, self.size)
-        work = self._plain.recv([x], src, FIRST_TAG + tag)
+        with self._posting:
+            work = self._plain.recv([x], src, FIRST_TAG + tag)
         return self._exchange(work, x, tellable=tellable, source=src)
 
     def batch(self, posts: Sequence[Post]) -> list[Pending]:
@@ -197,7 +205,8 @@ class TorchTransport:
             op = dist.P2POp(verb, post.x, group=self.group, tag=post.tag, group_peer=post.peer)
             op.group = self._plain  # it has ranks of its own only, none of the world
             ops.append(op)
-        works = dist.batch_isend_irecv(ops)
+        with self._posting:
+            works = dist.batch_isend_irecv(ops)
         if len(works) < len(posts):
             tensors = [post.x for post in posts]
             return [self._exchange(work, tensors, tellable=not self._gloo) for work in works]
@@ -207,6 +216,9 @@ class TorchTransport:
             )
             for work, post in zip(works, posts, strict=True)
         ]
+
+    def posting(self) -> contextlib.AbstractContextManager[None]:
+        return self._posting
 
     def barrier(self) -> None:
         options = self._options(c10d.BarrierOptions())

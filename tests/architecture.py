@@ -17,6 +17,7 @@ FLOORS = {
     "commlib_kernels": 0,
     "commlib.codecs": 1,
     "commlib.topology": 1,
+    "commlib.aside": 2,
     "commlib.asking": 2,
     "commlib.boundary": 2,
     "commlib.copies": 2,

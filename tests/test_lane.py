@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 
 from commlib import Communicator
-from commlib.lane import MIN_BYTES, Lane, Together
+from commlib.lane import Lane, Together
 from commlib.pending import Exchange
 from commlib.traffic import Pending, Timeout
 from commlib.transport import ThreadTransport, TorchTransport, Transport, run_ranks
@@ -22,8 +23,7 @@ from .communicators import data, on_ranks, only
 from .processes import Pool
 
 SIZES = (1, 2, 3, 4, 7)
-# At four ranks int8 messages of this size have a lane, of a tenth of it none.
-LANED = 5 * MIN_BYTES
+NUMEL = 80_000
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -141,7 +141,7 @@ def test_a_slow_message_does_not_keep_the_next_one_off_the_wire(
     monkeypatch.setattr(Lane, "all_to_all", hold_the_first)
 
     def body(c: Communicator) -> list[torch.Tensor]:
-        outs = [data(c.rank, LANED, 1), data(c.rank, LANED, 2)]
+        outs = [data(c.rank, NUMEL, 1), data(c.rank, NUMEL, 2)]
         works = [c.all_reduce(x, k, async_op=True) for k, x in zip("ab", outs, strict=True)]
         for work in works:
             work.wait(30.0)
@@ -154,15 +154,17 @@ def test_a_slow_message_does_not_keep_the_next_one_off_the_wire(
 
 
 def test_laned_and_ordered_messages_mix() -> None:
-    """Large ones overtake, small ones keep their order; ranks are delayed at random."""
+    """Two-phase ones overtake, rings keep their order; ranks are delayed at random."""
 
     def body(c: Communicator) -> list[torch.Tensor]:
         delays = torch.rand(24, generator=torch.Generator().manual_seed(c.rank)).tolist()
         outs, works = [], []
         for i, delay in enumerate(delays):
-            x = data(c.rank, LANED if i % 3 else 1000, i)
+            x = data(c.rank, NUMEL if i % 3 else 1000, i)
+            scheme = "int8+ef" if i % 3 else "int8@ring"
+            how = {"factor": "avg", "scheme": scheme, "async_op": i % 5 != 0}
             outs.append(x)
-            works.append(c.all_reduce(x, f"k{i % 9}", factor="avg", async_op=i % 5 != 0))
+            works.append(c.all_reduce(x, f"k{i % 9}", **how))
             time.sleep(0.004 * delay)
         for work in works:
             work.wait(30.0)
@@ -175,7 +177,7 @@ def test_laned_and_ordered_messages_mix() -> None:
         assert (outs[0] - mean).norm() < 0.05 * mean.norm()
 
 
-def test_small_messages_and_rings_have_no_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_goes_by_other_verbs_has_no_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     init = Lane.__init__
 
@@ -186,15 +188,15 @@ def test_small_messages_and_rings_have_no_lane(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Lane, "__init__", counted)
 
     def body(c: Communicator) -> None:
-        c.all_reduce(data(c.rank, LANED // 10), "small")
-        c.all_reduce(data(c.rank, LANED), scheme="int8@ring")
-        c.all_reduce(data(c.rank, LANED), scheme="fp32")
-        c.broadcast(data(c.rank, LANED), 0, scheme="int8")
+        c.all_reduce(data(c.rank, NUMEL), scheme="int8@ring")
+        c.all_reduce(data(c.rank, NUMEL), scheme="fp32")
+        c.broadcast(data(c.rank, NUMEL), 0, scheme="int8")
 
     on_ranks(4, only("int8+ef"), body)
     assert made == []
-    on_ranks(4, only("int8+ef"), lambda c: c.all_reduce(data(c.rank, LANED), "large"))
-    assert len(made) == 4
+    for numel in (100, NUMEL):
+        on_ranks(4, only("int8+ef"), lambda c, n=numel: c.all_reduce(data(c.rank, n), "x"))
+    assert len(made) == 8
 
 
 def test_tags_are_numbers_that_gloo_takes() -> None:
@@ -210,6 +212,9 @@ def test_tags_are_numbers_that_gloo_takes() -> None:
 
         def recv(self, x: torch.Tensor, src: int, tag: int = 0) -> Any:
             assert src == 1
+
+        def posting(self) -> AbstractContextManager[None]:
+            return nullcontext()
 
     recorder: Any = Recorder()
     x = torch.zeros(2)
@@ -308,22 +313,22 @@ def test_a_slow_look_holds_up_nobody() -> None:
     worker.stop()
 
 
-@pytest.mark.parametrize("numel", [1000, LANED])
+@pytest.mark.parametrize("scheme", ["int8@ring", "int8+ef"])
 @pytest.mark.parametrize("async_op", [False, True])
 def test_a_rank_learns_of_another_ranks_failure_before_its_own_timeout(
-    numel: int, async_op: bool
+    scheme: str, async_op: bool
 ) -> None:
     def body(c: Communicator) -> float:
-        c.all_reduce(data(c.rank, numel), "x")  # the plan is agreed on
+        c.all_reduce(data(c.rank, NUMEL), "x")  # the plan is agreed on
         start = time.monotonic()
         if c.rank == 1:
             c._carrier.give_up(0.0)
             return 0.0
         with pytest.raises(RuntimeError, match=r"rank 1 .*not done after 0 s"):
-            c.all_reduce(data(c.rank, numel), "x", async_op=async_op).wait()
+            c.all_reduce(data(c.rank, NUMEL), "x", async_op=async_op).wait()
         return time.monotonic() - start
 
-    assert max(on_ranks(2, only("int8+ef"), body, timeout=25.0)) < 20.0
+    assert max(on_ranks(2, only(scheme), body, timeout=25.0)) < 20.0
 
 
 def test_checks_on_one_rank_only_are_found_before_anything_moves() -> None:
@@ -331,7 +336,7 @@ def test_checks_on_one_rank_only_are_found_before_anything_moves() -> None:
         c = Communicator(t, only("int8"))
         c._carrier.checking = t.rank == 1
         with pytest.raises(RuntimeError) as caught:
-            c.all_reduce(data(t.rank, LANED))
+            c.all_reduce(data(t.rank, NUMEL))
         assert t.bytes_sent == 0
         return str(caught.value)
 
@@ -364,7 +369,7 @@ def test_a_look_that_just_misses_the_end_is_no_failure() -> None:
 def gloo_timeout() -> str:
     t = TorchTransport(timeout=20.0)
     if t.rank == 0:
-        x = torch.zeros(2 * MIN_BYTES)
+        x = torch.zeros(1 << 15)
         with pytest.raises(Timeout) as caught:
             Lane(t, 0, 0).all_to_all(torch.zeros_like(x), x).wait(0.5)
         t.post("given up", "")

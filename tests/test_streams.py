@@ -152,10 +152,10 @@ def test_an_error_while_queueing_aborts(monkeypatch: pytest.MonkeyPatch) -> None
     def body(c: Communicator, cuda: FakeCuda) -> None:
         c.all_reduce(data(c.rank, 3000), "w")
 
-        def broken(*tensors: torch.Tensor) -> Pending:
+        def broken(*args: Any) -> Pending:
             raise RuntimeError("NCCL is gone")
 
-        monkeypatch.setattr(c.transport, "all_gather", broken)
+        monkeypatch.setattr(c.transport, "send", broken)
         with pytest.raises(RuntimeError, match=r"NCCL is gone.*aborted"):
             c.all_reduce(data(c.rank, 3000), "w", async_op=True)
         with pytest.raises(RuntimeError, match="takes no more calls"):
