@@ -60,12 +60,13 @@ def quantize(
     if fmt.kind == "buckets":
         reference.quantize(fmt, x, wire, layout, tag, memory)
         return
-    raw.encode(fmt, x, wire, layout)
+    if fmt.sparse is not None or fmt.kind == "raw":
+        raw.encode(fmt, x, wire, layout)
     if fmt.sparse is not None:
         sparse.quantize(fmt, x, wire, layout, tag, memory, _DENSE)
     elif fmt.kind != "raw":
         call = _Call(fmt, table(layout, fmt), x)
-        call.a[kernels.WIRE] = wire.data_ptr()
+        call.a[kernels.PLAIN], call.a[kernels.WIRE] = True, wire.data_ptr()
         call.code(layout, tag, memory)
         call.run(ops(fmt).quantize)
 
@@ -77,12 +78,13 @@ def dequantize(
     if fmt.kind == "buckets":
         reference.dequantize(fmt, wire, out, layout, add=add)
         return
-    raw.decode(fmt, wire, out, layout, add=add)
+    if fmt.sparse is not None or fmt.kind == "raw":
+        raw.decode(fmt, wire, out, layout, add=add)
     if fmt.sparse is not None:
         sparse.dequantize(fmt, wire, out, layout, add, _DENSE)
     elif fmt.kind != "raw":
         call = _Call(fmt, table(layout, fmt), out)
-        call.a[kernels.WIRE] = wire.data_ptr()
+        call.a[kernels.PLAIN], call.a[kernels.WIRE] = True, wire.data_ptr()
         call.a[kernels.ADD] = add
         call.run(ops(fmt).dequantize)
 
@@ -104,14 +106,18 @@ def reduce(
     if fmt.kind == "buckets":
         reference.reduce(fmt, wires, out, layout, tag, factor=factor, memory=memory)
         return
-    raw.reduce(fmt, wires, size, out, layout, factor)
+    dense = out.dtype != torch.uint8
+    plain = fmt.sparse is None and fmt.kind != "raw" and out.dtype in (torch.uint8, layout.dtype)
+    if not plain:
+        raw.reduce(fmt, wires, size, out, layout, factor)
     if fmt.sparse is not None:
         sparse.reduce(fmt, wires, out, layout, tag, factor, memory, _DENSE)
         return
     if fmt.kind == "raw":
         return
-    dense = out.dtype != torch.uint8
     call = _Call(fmt, table(layout, fmt, owner=True), out if dense else None)
+    if plain:
+        call.a[kernels.PLAIN], call.a[kernels.DTYPE] = True, _DTYPES[layout.dtype]
     call.a[kernels.WIRES : kernels.DENSE + 1] = [
         wires.data_ptr(), wires.numel() // size, size, dense
     ]  # fmt: skip

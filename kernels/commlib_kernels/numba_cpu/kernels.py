@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from commlib_kernels.layout import Piece
-from commlib_kernels.numba_cpu import rotation
+from commlib_kernels.numba_cpu import plain, rotation
 from commlib_kernels.numba_cpu.jit import at, floats, loop
 from commlib_kernels.numba_cpu.quick import quick
 from commlib_kernels.numba_cpu.strips import (
@@ -62,11 +62,12 @@ OFFSET, NUMEL, CODE, SCALE, BASE, SEGMENT, EXACT, MEMORY, MEMORY_BLOCK, GROUP = 
     len(Piece._fields)
 )
 
-# Integers in `a`. GROUPS and SCRATCH are the first of 5 and 9 addresses.
+# Integers in `a`. PLAIN: the kernel takes raw pieces too, which are of DTYPE. GROUPS and SCRATCH
+# are the first of 5 and 9 addresses.
 (X, DTYPE, WIRE, WIRES, COUNT, STRIDE, DENSE, ADD, RESIDUAL, MEMORY_KIND, RESIDUAL_SCALES, BLOCK,
- BITS, RULE, SHARED, STOCHASTIC, STEP, RANK, SEED, ROTATED, SIGNS, TABLE,
+ BITS, RULE, SHARED, STOCHASTIC, STEP, RANK, SEED, ROTATED, SIGNS, TABLE, PLAIN,
  GROUP_COUNT, GROUPS,
-) = range(24)  # fmt: skip
+) = range(25)  # fmt: skip
 SCRATCH = GROUPS + 5
 ARGUMENTS = SCRATCH + 9
 
@@ -86,6 +87,7 @@ TABLED: Any = None
 constants: Any = None
 fit: Any = None
 forward, backward = rotation.forward, rotation.backward
+place, copy, gain, total_of = plain.place, plain.copy, plain.gain, plain.total
 
 
 # ---- one scale per segment: a first pass over all of it ---------------------------------------
@@ -333,6 +335,9 @@ def quantize(a, f, rows, segments):
         for row in range(rows.shape[0]):
             piece = rows[row]
             if piece[EXACT]:
+                if a[PLAIN] and stage == 1:
+                    source = place(a[X], a[DTYPE], piece[OFFSET])
+                    copy(source, a[WIRE] + piece[CODE], a[DTYPE], U(piece[NUMEL]))
                 continue
             start = U(0)
             while start < U(piece[NUMEL]):
@@ -367,6 +372,14 @@ def reduce(a, f, rows, segments):
         for row in range(rows.shape[0]):
             piece = rows[row]
             if piece[EXACT]:
+                if a[PLAIN] and stage == 1:
+                    target = a[WIRE] + piece[CODE]
+                    if dense:
+                        target = place(a[X], a[DTYPE], piece[MEMORY])
+                    total_of(
+                        a[WIRES] + piece[CODE], a[STRIDE], a[COUNT], f[FACTOR], target, a[DTYPE],
+                        U(piece[NUMEL]), v, total,
+                    )  # fmt: skip
                 continue
             start = U(0)
             while start < U(piece[NUMEL]):
@@ -402,6 +415,12 @@ def dequantize(a, f, rows, segments):
     for row in range(rows.shape[0]):
         piece = rows[row]
         if piece[EXACT]:
+            if a[PLAIN]:
+                source, target = a[WIRE] + piece[CODE], place(a[X], a[DTYPE], piece[OFFSET])
+                if a[ADD]:
+                    gain(source, target, a[DTYPE], U(piece[NUMEL]), v, other)
+                else:
+                    copy(source, target, a[DTYPE], U(piece[NUMEL]))
             continue
         start = U(0)
         while start < U(piece[NUMEL]):
