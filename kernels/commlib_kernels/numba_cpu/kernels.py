@@ -62,8 +62,7 @@ OFFSET, NUMEL, CODE, SCALE, BASE, SEGMENT, EXACT, MEMORY, MEMORY_BLOCK, GROUP = 
     len(Piece._fields)
 )
 
-# Integers in `a`. PLAIN: the kernel takes raw pieces too, which are of DTYPE. GROUPS and SCRATCH
-# are the first of 5 and 9 addresses.
+# Integers in `a`. PLAIN: raw pieces (of DTYPE) too. GROUPS, SCRATCH: the first of 5, 9 addresses.
 (X, DTYPE, WIRE, WIRES, COUNT, STRIDE, DENSE, ADD, RESIDUAL, MEMORY_KIND, RESIDUAL_SCALES, BLOCK,
  BITS, RULE, SHARED, STOCHASTIC, STEP, RANK, SEED, ROTATED, SIGNS, TABLE, PLAIN,
  GROUP_COUNT, GROUPS,
