@@ -28,7 +28,7 @@ loss: $(VENV)/.installed-plot      ## what each scheme costs in held-out loss, p
 
 # Two at a time: the tests wait for peers and timeouts half of their time.
 test: $(VENV)/.warm
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not bench" --ignore=tests/recipes $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not bench and not cuda_host" --ignore=tests/recipes $(ARGS)
 
 test-bench: $(VENV)/.warm          ## every bench and demo, shortened: it runs, and its bars can be read
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "bench and not gpu" $(ARGS)
@@ -51,7 +51,8 @@ compile-matrix: $(VENV)/.installed-cuda-check   ## every CUDA kernel for sm_75 t
 	$(BIN)/python -m bench.compile_matrix $(ARGS)
 
 # Compilers and the simulator take minutes where CI gives them what the tests leave of the processors.
-test-cuda: $(VENV)/.installed-cuda-check   ## CUDA kernels without a GPU: how they compile, and the CUDA simulator
+test-cuda: $(VENV)/.installed-cuda-check   ## CUDA kernels without a GPU: how they compile, on the CPU, in the simulator
+	$(BIN)/python -m pytest -q --timeout 900 -m cuda_host tests/kernels
 	$(BIN)/python -m pytest -q --timeout 900 tests/kernels/test_cupy_cuda.py tests/kernels/test_numba_cuda_build.py
 	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest -q --timeout 900 tests/simulator $(ARGS)
 

@@ -213,7 +213,7 @@ def test_warmup_compiles_and_names_the_cache(capsys: pytest.CaptureFixture[str])
     assert "the cache is" in capsys.readouterr().out
 
 
-@pytest.mark.processes
+@pytest.mark.bench
 @pytest.mark.parametrize("op", ["all_reduce", "reduce_scatter", "all_gather"])
 def test_two_real_ranks_make_rows(op: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
@@ -244,7 +244,7 @@ def test_two_real_ranks_make_rows(op: str, tmp_path: Path) -> None:
     assert all(row["link"] == "loopback" for row in rows)
 
 
-@pytest.mark.processes
+@pytest.mark.bench
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_pairs_of_real_ranks_make_rows(ranks: int, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"

@@ -305,7 +305,7 @@ def test_ranks_that_cannot_talk_are_a_fault(
     assert "FAULT  gloo rate: two ranks over lo" in capsys.readouterr().out
 
 
-@pytest.mark.processes
+@pytest.mark.bench
 def test_two_real_ranks_measure_this_host(capsys: pytest.CaptureFixture[str]) -> None:
     assert "RANK" not in os.environ
     assert doctor.run(as_json=True) == 0

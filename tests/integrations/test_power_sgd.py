@@ -208,6 +208,7 @@ def test_resume(pool: Pool, tmp_path: Path) -> None:
     pool.run(resume_is_bitwise, str(tmp_path), ranks=3)
 
 
+@pytest.mark.bench
 def test_a_model_learns(pool: Pool) -> None:
     """Within 10% of what it learns without; about 11 times fewer bytes (biases travel raw)."""
     pytest.importorskip("sklearn")

@@ -20,9 +20,18 @@ from tests.contract import (
     require,
 )
 
+COMMON = {"bf16", "int8", "int4", "int4:round=stochastic", "sign", "rotate|eden4"}
+"""Texts that `make test` tries on the CUDA C++ kernels; `make test-cuda` tries all."""
+
+
+def pair(name: str, text: str) -> object:
+    rare = name == "cuda_host" and text not in COMMON
+    return pytest.param(name, text, marks=[pytest.mark.cuda_host] if rare else [])
+
+
 FAST = [name for name in backends() if name != "reference"]
-PAIRS = [(name, text) for name in FAST for text in CODECS]
-PAIRS += [("numba_cpu", text) for text in CPU_CODECS + SPARSE]
+PAIRS = [pair(name, text) for name in FAST for text in CODECS]
+PAIRS += [pair("numba_cpu", text) for text in CPU_CODECS + SPARSE]
 
 
 @pytest.mark.parametrize(("name", "text"), PAIRS)
