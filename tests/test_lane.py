@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from commlib import Communicator
+from commlib import Communicator, worker
 from commlib.lane import Lane, Together
 from commlib.pending import Exchange
 from commlib.traffic import Pending, Timeout
@@ -316,8 +316,10 @@ def test_a_slow_look_holds_up_nobody() -> None:
 @pytest.mark.parametrize("scheme", ["int8@ring", "int8+ef"])
 @pytest.mark.parametrize("async_op", [False, True])
 def test_a_rank_learns_of_another_ranks_failure_before_its_own_timeout(
-    scheme: str, async_op: bool
+    scheme: str, async_op: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(worker, "PATIENCE", 0.1)  # nobody waits for what the waiters wait for
+
     def body(c: Communicator) -> float:
         c.all_reduce(data(c.rank, NUMEL), "x")  # the plan is agreed on
         start = time.monotonic()
