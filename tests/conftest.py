@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     import torch
 
     from tests.processes import Pool
+
+# PyTorch's stores ask the name server for the name of every peer; where an answer gets lost, that
+# costs a second and not five.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 # What ranks in processes of their own import and compile, whichever test forks the first of them.
 forked(
