@@ -41,9 +41,14 @@ class Aside:
 
     def __enter__(self) -> None:
         with self._lock:
-            self._depth += 1
-            if self._depth == 1:
-                self._put(POLITE)
+            try:
+                if self._depth == 0:
+                    self._put(POLITE)
+                self._depth += 1
+            except BaseException:  # Ctrl-C: nobody leaves what nobody has entered
+                if self._depth == 0:
+                    self._put(USUAL)
+                raise
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
@@ -54,7 +59,7 @@ class Aside:
     def _put(self, policy: int | None) -> None:
         for thread in self._threads.copy():
             # The number of a thread that has ended may be that of another process by now.
-            if policy is None or not os.path.exists(f"{TASKS}/{thread}"):
+            if policy is None or not os.path.exists(f"{TASKS}/{thread}") or not _movable(thread):
                 self._threads.remove(thread)
                 continue
             try:
@@ -74,9 +79,9 @@ def _loops() -> list[int]:
 
 
 def _movable(thread: int) -> bool:
-    """Whether it has the usual policy: nobody has chosen another for it."""
+    """Whether nobody has chosen another policy for it."""
     with suppress(OSError):
-        return USUAL is not None and os.sched_getscheduler(thread) == USUAL
+        return USUAL is not None and os.sched_getscheduler(thread) in (USUAL, POLITE)
     return False
 
 

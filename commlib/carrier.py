@@ -24,7 +24,7 @@ from .capture import ONCE, Captures
 from .checked import Checked
 from .collectives import Steps
 from .collectives.base import span
-from .lane import Lane
+from .lane import COMMUNICATORS, Lane
 from .plans import PARTS, Message, Plan
 from .runner import Runner, Task
 from .sampling import sample_errors
@@ -53,6 +53,13 @@ class Carrier:
         self.captures = Captures()
         self._number = 0  # of the message
         self._agreement = Agreement(transport, timeout)
+        self._place = self._agreement.number % COMMUNICATORS
+        if transport.tagged and not transport.order.enter(self._place, self):
+            raise RuntimeError(
+                f"communicator {self._agreement.number} of this group would have the tags of "
+                f"another that is still in use; a group has room for {COMMUNICATORS}: close() "
+                "those that are done"
+            )
         self._lock = threading.RLock()
         self._failing = threading.Lock()
         me = weakref.ref(self)  # the thread must not keep its communicator alive
@@ -74,7 +81,7 @@ class Carrier:
         if transport.device.type == "cuda":
             self._runner = SideStream(transport.device, fail, aborted, meter.defer)
         else:
-            self._runner = Worker(timeout, fail, look)
+            self._runner = Worker(timeout, fail, look, transport.order)
         weakref.finalize(self, self._runner.stop)
 
     def agree(self, text: Mapping[str, Any]) -> None:
@@ -115,6 +122,10 @@ class Carrier:
             except (RuntimeError, OSError) as error:
                 raise self.fail(error, [], "connecting groups of ranks") from error
 
+    def in_turn(self) -> None:
+        """Return when an exchange may go straight to the transport: all earlier messages have."""
+        self._runner.in_turn()
+
     def flush(self) -> None:
         """Wait until nothing is under way."""
         self._runner.flush()
@@ -135,15 +146,18 @@ class Carrier:
         """Finish what is under way, then refuse everything."""
         self._runner.flush()
         self._runner.stop()
+        self.transport.order.leave(self._place, self)
         self.aborted = self.aborted or RuntimeError("It is closed.")
 
     def _via(self, plan: Plan, message: Message) -> Transport:
         """The transport of the message about to start; the same kind on all ranks."""
         transport, by_hosts = self.transport, message.hierarchical
-        if transport.tagged and (by_hosts or (message.laned(plan.op) and not self.checking)):
-            transport = Lane(transport, self._agreement.number, self._number)
+        if transport.tagged and (by_hosts or message.laned(plan.op)):
+            mark = 0 if self.checking else message.mark  # stamps tell who is where, and at once
+            transport = Lane(transport, self._agreement.number, self._number, mark)
         if self.checking:
-            return Checked(transport, message.name, self._number, self.timeout)
+            what = f"{plan.op} of key {plan.label!r} under scheme {message.name}"
+            return Checked(transport, what, message.mark, self._number, self.timeout)
         return transport
 
     def start(
@@ -187,6 +201,7 @@ class Carrier:
             self._number += 1
             start, before = self._runner.now(), self.transport.bytes_sent
             try:
+                self._runner.in_turn()
                 with span("exchange"):
                     self._runner.attend(self.transport.all_reduce(x))
             except Exception as error:

@@ -1,7 +1,7 @@
 """COMMLIB_CHECK=1: every message is stamped, and every payload that arrives is checked.
 
-Stamps (stamp.py) are exchanged before the payload, so ranks that are in different messages find out
-before anything is decoded. This costs one small exchange per exchange, and a pass over the bytes.
+Stamps (stamp.py; the digest is of the message's plan) are exchanged before the payload, so ranks that
+are in different messages find out before anything is decoded. This costs one small exchange per exchange, and a pass over the bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .stamp import FIELDS, STAMP, WIRE_VERSION, WORD, crc, digest
+from .stamp import FIELDS, STAMP, WIRE_VERSION, WORD, crc
 from .traffic import Pending, Through, Transport, split_by_rank
 
 
@@ -20,7 +20,8 @@ class Checked(Through):
     def __init__(
         self,
         inner: Transport,
-        scheme: str,
+        what: str,
+        mark: int,
         number: int,
         timeout: float,
         names: Sequence[int] | None = None,
@@ -28,8 +29,8 @@ class Checked(Through):
         super().__init__(inner)
         self.timeout = timeout
         self._names = range(inner.size) if names is None else names  # ranks in the whole group
-        self._head = (WIRE_VERSION, digest(scheme), number & WORD)
-        self._scheme = scheme
+        self._head = (WIRE_VERSION, mark & WORD, number & WORD)
+        self._what = what
 
     def all_to_all(
         self,
@@ -59,7 +60,8 @@ class Checked(Through):
 
     def sub(self, ranks: Sequence[int]) -> Checked:
         names = sorted(self._names[r] for r in ranks)
-        return Checked(self._inner.sub(ranks), self._scheme, self._head[2], self.timeout, names)
+        _, mark, number = self._head
+        return Checked(self._inner.sub(ranks), self._what, mark, number, self.timeout, names)
 
     def _stamp(self, payload: torch.Tensor | None) -> bytes:
         return STAMP.pack(*self._head, 0 if payload is None else crc(payload))
@@ -76,8 +78,7 @@ class Checked(Through):
                 if got != expected:
                     raise RuntimeError(
                         f"COMMLIB_CHECK: {name} of rank {self._names[rank]} is {got:#x}, rank "
-                        f"{self._names[self.rank]} under scheme {self._scheme} expected "
-                        f"{expected:#x}"
+                        f"{self._names[self.rank]} in {self._what} expected {expected:#x}"
                     )
             sums.append(check)
         return sums
@@ -90,7 +91,7 @@ class Checked(Through):
                 raise RuntimeError(
                     f"COMMLIB_CHECK: payload of rank {self._names[rank]} arrived at rank "
                     f"{self._names[self.rank]} with crc32 {got:#x}, it was sent with "
-                    f"{expected:#x} (scheme {self._scheme}, message {self._head[2]}, "
+                    f"{expected:#x} ({self._what}, message {self._head[2]}, "
                     f"{piece.nbytes} bytes)"
                 )
 

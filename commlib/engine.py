@@ -85,6 +85,7 @@ class Engine(Planning):
         self.profile: Profile | None = None  # what "auto" has measured
         if auto and self.size > 1:
             with self._carrier.still():
+                self._carrier.in_turn()
                 self.profile = measure(self._measured_run, self.transport)
             self.policy = measured_policy(self.profile)
             self.meter.reset()
@@ -221,6 +222,7 @@ class Engine(Planning):
         of one rank.
         """
         with self._carrier.still():
+            self._carrier.in_turn()
             link = exchange(self.transport, LINK_BYTES)
         return seconds(Topology(self.size, link), self.speeds(schemes))
 
@@ -240,6 +242,7 @@ class Engine(Planning):
         with self._carrier.still():
             self._carrier.agree({"op": "gather", "key": what, "numel": flat.numel()})
             try:
+                self._carrier.in_turn()
                 self.transport.all_gather(every.view(-1), flat).wait()
             except (RuntimeError, OSError) as error:
                 raise self._carrier.fail(error, [], f"gathering {what}") from error

@@ -32,21 +32,22 @@ from .traffic import (
     split_by_rank,
 )
 
-# A tag: | 1 | communicator, 8 bits | message, 10 bits | exchange, 11 bits |. Numbers come round
-# again; messages so far apart are never in flight together.
-COMMUNICATORS, MESSAGES, EXCHANGES = 1 << 8, 1 << 10, 1 << 11
+# A tag, 30 bits: | 1 | communicator, 10 | message, 6 | mark, 9 | exchange, 4 |. Messages of equal
+# numbers are never in flight together; exchanges of one message come in order. The mark is of the
+# plan: ranks in different messages do not meet (but for one chance in 512), and time out.
+COMMUNICATORS, MESSAGES, MARKS, EXCHANGES = 1 << 10, 1 << 6, 1 << 9, 1 << 4
 
 
 class Lane(Through):
     """`inner` for one message: all_to_all and all_gather by tagged sends and receives.
 
-    communicator, message: numbers that all ranks give alike. inner: has `tagged`.
+    communicator, message, mark: numbers that all ranks give alike. inner: has `tagged`.
     """
 
-    def __init__(self, inner: Transport, communicator: int, message: int) -> None:
+    def __init__(self, inner: Transport, communicator: int, message: int, mark: int = 0) -> None:
         super().__init__(inner)
-        place = COMMUNICATORS + communicator % COMMUNICATORS
-        self._tag = (place * MESSAGES + message % MESSAGES) * EXCHANGES
+        place = (COMMUNICATORS + communicator % COMMUNICATORS) * MESSAGES + message % MESSAGES
+        self._tag = (place * MARKS + mark % MARKS) * EXCHANGES
         self._count = 0
         self._members = tuple(range(inner.size))
 
@@ -79,7 +80,10 @@ class Lane(Through):
     def all_gather(self, out: torch.Tensor, inp: torch.Tensor) -> Pending:
         check_all_gather(out, inp, self.size)
         into = split_by_rank(out, None, self.size)
-        own = into[self.rank].copy_(inp.view(-1))  # `inp` may lie where others' parts arrive
+        own = into[self.rank]
+        if 0 < abs(inp.data_ptr() - own.data_ptr()) < inp.nbytes:
+            inp = inp.clone()
+        own.copy_(inp.view(-1))  # before others' parts arrive where `inp` may lie
         return self._mesh(into, [own] * self.size)
 
     def _mesh(self, into: Sequence[torch.Tensor], mine: Sequence[torch.Tensor]) -> Pending:

@@ -10,6 +10,7 @@ under a policy that never compresses does a call go as one native collective.
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -73,6 +74,7 @@ class Message:
     names: frozenset[str] = frozenset()  # states it changes
     name: str = ""  # of the scheme
     differences: bool = False  # it carries differences to what all ranks hold
+    mark: int = 0  # of its plan and its place in it: the same on all ranks
 
     def __post_init__(self) -> None:
         self.names = _states(self.scheme, self.key)
@@ -111,6 +113,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         self.lossless = all(message.scheme.lossless for message in self.messages)
+        for place, message in enumerate(self.messages):
+            about = (self.op, self.label, place, sorted(self.text.items()))
+            message.mark = zlib.crc32(repr(about).encode())
 
 
 @cache

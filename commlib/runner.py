@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from .collectives.base import Step, Steps
+from .order import Ticket
 from .traffic import Pending
 from .work import GiveUp, Work, writing
 
@@ -36,7 +37,7 @@ class Task:
     lane: bool = False
     tensors: tuple[torch.Tensor, ...] = ()
     step: Step | Pending | None = None  # what it asked for last
-    issued: bool = False
+    ticket: Ticket | None = None  # of what is matched by order, until all is issued
     waiting: Future[None] | None = None  # for what it asked for, once watched
     writing: AbstractContextManager[object] = field(init=False)  # where its steps run
 
@@ -75,6 +76,9 @@ class Runner(Protocol):
 
     def submit(self, task: Task) -> None:
         """Carry a task out without keeping the caller."""
+
+    def in_turn(self) -> None:
+        """Return when the caller may post what is matched by order: all earlier messages have."""
 
     def attend(self, pending: Pending) -> None:
         """See to it that an exchange is done before what the caller does next."""

@@ -93,6 +93,9 @@ class SideStream:
             tensor.record_stream(self._stream)
         self.run(task)
 
+    def in_turn(self) -> None:
+        """At once: what was called earlier is in the library's queue."""
+
     def attend(self, pending: Pending) -> None:
         """Make the current stream wait for an exchange."""
         pending.wait()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .order import Order
 from .traffic import (
     Timeout,
     all_gather_bytes,
@@ -133,6 +134,7 @@ class ThreadTransport:
         self._parent = parent  # counts what this one sends, too
         self.device = torch.device("cpu")
         self.tagged = True
+        self.order = Order()
         self._world = world
         self._name = name
         self._count: dict[object, int] = {}

@@ -18,6 +18,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from .order import Order
+
 # what gloo adds, and NCCL too
 SUMMED = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
@@ -82,6 +84,7 @@ class Transport(Protocol):
     bytes_sent: int
     device: torch.device
     tagged: bool  # whether sends and receives find each other by tag, not by order alone
+    order: Order  # of what is matched by order alone; the group's
 
     def all_to_all(
         self,
@@ -140,6 +143,7 @@ class Through:
         self._inner = inner
         self.rank, self.size, self.ranks = inner.rank, inner.size, inner.ranks
         self.timeout, self.device, self.tagged = inner.timeout, inner.device, inner.tagged
+        self.order = inner.order
         self.bytes_sent = 0  # counted by `inner`
 
     def all_to_all(

@@ -22,6 +22,7 @@ from torch.distributed import distributed_c10d
 
 from .aside import ASIDE
 from .asking import Asking
+from .order import Order
 from .pending import Exchange
 from .threads import ThreadTransport, run_ranks
 from .traffic import (
@@ -69,6 +70,9 @@ class TorchTransport:
     _turns: ClassVar[weakref.WeakKeyDictionary[dist.ProcessGroup, int]] = (
         weakref.WeakKeyDictionary()
     )
+    _orders: ClassVar[weakref.WeakKeyDictionary[dist.ProcessGroup, Order]] = (
+        weakref.WeakKeyDictionary()
+    )
 
     def __init__(
         self,
@@ -98,6 +102,7 @@ class TorchTransport:
         self._parent = parent  # counts what this one sends, too
         self._subs: dict[tuple[int, ...], TorchTransport] = {}
         self.tagged = self._gloo = backends(group)[self.device.type] == GLOO
+        self.order = self._orders.setdefault(plain(group), Order())
         self._chain = not self._gloo
         self._posting: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self._gloo:

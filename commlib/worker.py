@@ -8,7 +8,7 @@ Callbacks of futures run on this thread too. One that waits for another message 
 it goes on with messages itself until that one is done.
 
 Messages in a lane of their own (see lane.py) issue at any time. The others are matched by order
-alone: of these only the oldest that has not issued everything may issue.
+alone: of these only the oldest on the group that has not issued everything may issue (order.py).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from .collectives.base import Step, drive, span
+from .order import Order
 from .runner import Fail, Task
 from .traffic import Pending, Timeout
 from .waiters import PATIENCE, Waiters
@@ -37,16 +38,18 @@ LOOK = 1.0
 
 Look = Callable[[], None]
 
+_here = threading.local()  # .worker: whose thread this is
+
 
 class Worker:
     """One thread that starts tasks in the order they came.
 
     fail: called once; what it returns all later tasks get too. look(): called now and then while an
-    exchange takes long; may raise.
+    exchange takes long; may raise. order: of the group's messages.
     """
 
-    def __init__(self, timeout: float, fail: Fail, look: Look) -> None:
-        self._timeout, self._fail, self._look = timeout, fail, look
+    def __init__(self, timeout: float, fail: Fail, look: Look, order: Order) -> None:
+        self._timeout, self._fail, self._look, self._order = timeout, fail, look, order
         self._queue: deque[Task] = deque()
         self._active: list[Task] = []
         self._changed = threading.Condition()
@@ -89,6 +92,8 @@ class Worker:
             if self._broken is not None:
                 task.work._finish(self._broken)
                 return
+            if not task.lane:
+                task.ticket = self._order.take(self._wake)
             self._queue.append(task)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name="commlib", daemon=True)
@@ -99,6 +104,8 @@ class Worker:
         """Carry a task out on the calling thread; only while idle."""
         task.step = Step.READY  # it has started
         try:
+            if not task.lane:
+                self.in_turn()
             with task.writing:
                 drive(task.steps, self._watch if task.lane else self.attend)
         except BaseException as error:
@@ -108,6 +115,15 @@ class Worker:
                 raise
             raise self._broken from error
         task.work._finish()
+
+    def in_turn(self) -> None:
+        """Block until all that was called earlier on the group has issued everything."""
+        end = time.monotonic() + self._timeout
+        self._until(lambda: self._order.clear(0.0))
+        while not self._order.clear(LOOK):
+            if time.monotonic() >= end:
+                raise Timeout(self._timeout, "messages called before this one have not gone out")
+            self._look()
 
     def attend(self, pending: Pending) -> None:
         """Block until an exchange is done."""
@@ -154,15 +170,20 @@ class Worker:
         # Asking makes a new thread take up the process's number: a matrix product would else use
         # all cores, and spin on those of other ranks (1200 ms a step of PowerSGD instead of 20).
         torch.get_num_threads()
+        _here.worker = self
         with torch.no_grad():
             while self._turn():
                 pass
 
     def _until(self, done: Callable[[], bool]) -> None:
-        """On the thread itself, in a callback: go on with other messages until `done()`."""
-        if threading.current_thread() is self._thread:
-            while not done() and self._turn():
-                pass
+        """On a worker's thread, in a callback: go on with its messages until `done()`.
+
+        Or until it has none: what is left is then another worker's.
+        """
+        here: Worker | None = getattr(_here, "worker", None)
+        while here is not None and not done() and not here.idle:
+            if not here._turn():
+                return
 
     def _turn(self) -> bool:
         """Move a message, or wait for news; False when the thread is to end."""
@@ -200,11 +221,11 @@ class Worker:
         """Run `task` to its next request, if that request is granted."""
         step, answer = task.step, True
         if step is Step.READY or step is Step.PARKED:
-            answer = task.lane or self._has_turn(task)
+            answer = task.ticket is None or task.ticket.first
             if step is Step.PARKED and not answer:
                 return False
         elif step is Step.ISSUED:
-            task.issued = True
+            self._release(task)
         elif step is not None and not self._arrived(task, step):
             return False
         if task.advance(None if step is None else answer):
@@ -212,13 +233,15 @@ class Worker:
         with self._changed:
             self._active.remove(task)
             self._changed.notify_all()
+        self._release(task)
         task.work._finish()
         return True
 
-    def _has_turn(self, task: Task) -> bool:
-        """Whether all earlier messages that are matched by order have issued everything."""
-        before = self._active[: self._active.index(task)]
-        return all(other.issued or other.lane for other in before)
+    def _release(self, task: Task) -> None:
+        """It has issued everything: others may."""
+        if task.ticket is not None:
+            task.ticket.give_back()
+            task.ticket = None
 
     def _arrived(self, task: Task, pending: Pending) -> bool:
         """Whether what `task` waits for is done; raises what went wrong."""
@@ -251,6 +274,7 @@ class Worker:
             self._queue.clear()
             self._changed.notify_all()
         for other in tasks:
+            self._release(other)
             other.work._finish(broken)
 
 

@@ -26,6 +26,7 @@ FLOORS = {
     "commlib.hosts": 2,
     "commlib.lane": 2,
     "commlib.modes": 2,
+    "commlib.order": 2,
     "commlib.pending": 2,
     "commlib.policy": 2,
     "commlib.references": 2,

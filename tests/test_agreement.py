@@ -12,6 +12,7 @@ import torch
 
 from commlib import Communicator
 from commlib.agreement import Agreement
+from commlib.lane import Lane
 from commlib.transport import ThreadTransport, run_ranks
 from tests.communicators import data, on_ranks, only
 
@@ -309,9 +310,9 @@ def test_checked_payloads_pass(scheme: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_damaged_payload_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMMLIB_CHECK", "1")
-    through = ThreadTransport.all_to_all
+    through = Lane.all_to_all
 
-    def damage(self: ThreadTransport, out: torch.Tensor, inp: torch.Tensor, **how: Any) -> Any:
+    def damage(self: Lane, out: torch.Tensor, inp: torch.Tensor, **how: Any) -> Any:
         if self.rank == 1 and inp.numel() > 64:
             inp[3] ^= 1
         return through(self, out, inp, **how)
@@ -322,7 +323,7 @@ def test_a_damaged_payload_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
             c.all_reduce(data(t.rank, 3000))
         return str(caught.value)
 
-    monkeypatch.setattr(ThreadTransport, "all_to_all", damage)
+    monkeypatch.setattr(Lane, "all_to_all", damage)
     assert "payload of rank 1 arrived at rank 0 with crc32" in run_ranks(2, rank)[0]
 
 

@@ -73,6 +73,36 @@ def test_blocks_of_two_threads_overlap(thread: int) -> None:
     assert os.sched_getscheduler(thread) == os.SCHED_OTHER
 
 
+def test_ctrl_c_amid_a_block_leaves_them_as_they_were(
+    thread: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks, put = Aside(), os.sched_setscheduler
+    blocks.find()
+
+    def interrupted(number: int, policy: int, how: os.sched_param) -> None:
+        put(number, policy, how)
+        if policy == os.SCHED_BATCH:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "sched_setscheduler", interrupted)
+    with pytest.raises(KeyboardInterrupt), blocks:
+        pass
+    assert os.sched_getscheduler(thread) == os.SCHED_OTHER
+    monkeypatch.undo()
+    with blocks:
+        assert os.sched_getscheduler(thread) == os.SCHED_BATCH
+    assert os.sched_getscheduler(thread) == os.SCHED_OTHER
+
+
+def test_a_policy_that_somebody_chose_later_stays(thread: int) -> None:
+    blocks = Aside()
+    blocks.find()
+    os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
+    with blocks:
+        assert os.sched_getscheduler(thread) == os.SCHED_IDLE
+    assert os.sched_getscheduler(thread) == os.SCHED_IDLE
+
+
 def test_a_policy_that_somebody_chose_stays(thread: int) -> None:
     os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
     blocks = Aside()

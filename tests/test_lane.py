@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +13,7 @@ import torch
 
 from commlib import Communicator, worker
 from commlib.lane import Lane, Together
+from commlib.order import Order
 from commlib.pending import Exchange
 from commlib.traffic import Pending, Timeout
 from commlib.transport import ThreadTransport, TorchTransport, Transport, run_ranks
@@ -202,7 +204,7 @@ def test_what_goes_by_other_verbs_has_no_lane(monkeypatch: pytest.MonkeyPatch) -
 def test_tags_are_numbers_that_gloo_takes() -> None:
     class Recorder:
         rank, size, ranks, timeout = 0, 2, (0, 1), 1.0
-        device, tagged, bytes_sent = torch.device("cpu"), True, 0
+        device, tagged, bytes_sent, order = torch.device("cpu"), True, 0, Order()
 
         def __init__(self) -> None:
             self.tags: list[int] = []
@@ -218,11 +220,10 @@ def test_tags_are_numbers_that_gloo_takes() -> None:
 
     recorder: Any = Recorder()
     x = torch.zeros(2)
-    for communicator in (0, 255):
-        for message in (0, 1, 1023):
-            lane = Lane(recorder, communicator, message)
-            for _ in range(2):
-                lane.all_to_all(torch.zeros(2), x)
+    for communicator, message, mark in itertools.product((0, 1023), (0, 1, 63), (0, 511)):
+        lane = Lane(recorder, communicator, message, mark)
+        for _ in range(2):
+            lane.all_to_all(torch.zeros(2), x)
     tags = recorder.tags
     assert len(set(tags)) == len(tags)
     assert min(tags) > 1 << 28  # apart from the small numbers of plain sends
@@ -295,7 +296,8 @@ def test_a_slow_look_holds_up_nobody() -> None:
     def steps(pending: Slow) -> Any:
         yield pending
 
-    worker, first, second = Worker(20.0, lambda error, tasks: error, look), Slow(), Slow()
+    worker = Worker(20.0, lambda error, tasks: error, look, Order())
+    first, second = Slow(), Slow()
     works = [Work(None), Work(None)]
     worker.submit(Task(steps(first), works[0], "first"))
     assert looking.wait(10.0)

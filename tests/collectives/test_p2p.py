@@ -24,7 +24,7 @@ from commlib.collectives.p2p import (
     wire_bytes,
 )
 from commlib.feedback import Compressor
-from commlib.lane import COMMUNICATORS, EXCHANGES, MESSAGES
+from commlib.lane import COMMUNICATORS, EXCHANGES, MARKS, MESSAGES
 from commlib.transport import ThreadTransport, run_ranks
 from tests.contract import CODECS, DTYPES
 
@@ -422,7 +422,7 @@ def test_what_cannot_be_sent_is_refused_before_it_is() -> None:
 
 def test_tags_keep_apart() -> None:
     cut, other = (slices(n, torch.float32, codec("int8")) for n in (4096, 4097))
-    lanes = 2 * COMMUNICATORS * MESSAGES * EXCHANGES
+    lanes = 2 * COMMUNICATORS * MESSAGES * MARKS * EXCHANGES
     firsts = {first_tag(cut, tag) for tag in range(10_000)}
     laters = {later_tag(cut, 3, number) for number in range(10_000)}
     assert len(firsts) == len(laters) == 10_000

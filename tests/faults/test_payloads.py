@@ -22,6 +22,7 @@ import torch.distributed as torch_dist
 import commlib.distributed as dist
 from commlib import Communicator
 from commlib.agreement import Agreement
+from commlib.lane import Lane
 from commlib.stamp import FIELDS
 from commlib.transport import TorchTransport
 from tests.communicators import data, only
@@ -99,16 +100,16 @@ def changed_all_reduce(change: Callable[[torch.Tensor], torch.Tensor]) -> str:
     with patch.dict(os.environ, COMMLIB_CHECK="1"):
         c = Communicator(policy=only("int4+ef"), timeout=10.0)
     c.all_reduce(data(c.rank, N), "w")
-    all_to_all = TorchTransport.all_to_all
+    all_to_all = Lane.all_to_all
 
-    def other(self: TorchTransport, out: Any, inp: Any, **splits: Any) -> Any:
+    def other(self: Lane, out: Any, inp: Any, **splits: Any) -> Any:
         if inp.nbytes > 1000:  # not the stamps
             part = inp.numel() // self.size
             inp = torch.cat([inp[: 2 * part], change(inp[2 * part :])])  # to rank 2
             splits = {"in_splits": [part, part, inp.numel() - 2 * part], "out_splits": [part] * 3}
         return all_to_all(self, out, inp, **splits)
 
-    with patch.object(TorchTransport, "all_to_all", other if c.rank == FAULTY else all_to_all):
+    with patch.object(Lane, "all_to_all", other if c.rank == FAULTY else all_to_all):
         return raised(lambda: c.all_reduce(data(c.rank, N), "w"))
 
 
@@ -172,10 +173,10 @@ def scanned(ports: list[int]) -> Iterator[None]:
         line.close()
 
 
-def strangers_call(scan: bool) -> list[torch.Tensor]:
+def strangers_call(scan: bool, starter: int) -> list[torch.Tensor]:
     pids: list[Any] = [None] * 3
     torch_dist.all_gather_object(pids, os.getpid())
-    ports = [port for pid in (*pids, os.getppid()) for port in listening(pid)]
+    ports = [port for pid in (*pids, starter) for port in listening(pid)]
     assert len(ports) >= 4  # of each rank's gloo, and of the store
     mine = ports if scan and torch_dist.get_rank() == 0 else []
     results = []
@@ -190,6 +191,8 @@ def strangers_call(scan: bool) -> list[torch.Tensor]:
 
 
 def test_strangers_that_knock_at_every_port(pool: Pool) -> None:
-    undisturbed, scanned = (pool.run(strangers_call, scan, ranks=3) for scan in (False, True))
+    undisturbed, scanned = (
+        pool.run(strangers_call, scan, os.getpid(), ranks=3) for scan in (False, True)
+    )
     for one, other in zip(undisturbed, scanned, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
