@@ -1,7 +1,8 @@
 """COMMLIB_CHECK=1: every message is stamped, and every payload that arrives is checked.
 
-Stamps (stamp.py; the digest is of the message's plan) are exchanged before the payload, so ranks that
-are in different messages find out before anything is decoded. This costs one small exchange per exchange, and a pass over the bytes.
+Stamps (stamp.py; the digest is of the message's plan) are exchanged before the payload, so ranks
+that are in different messages find out before anything is decoded. This costs one small exchange
+per exchange, and a pass over the bytes.
 """
 
 from __future__ import annotations

@@ -242,7 +242,9 @@ def check_tensor(verb: str, x: torch.Tensor, device: torch.device) -> None:
 
 def as_bytes(x: torch.Tensor) -> torch.Tensor:
     """Contiguous `x` as flat bytes: what only moves need not be numbers that the library knows."""
-    return x if x.dtype is torch.uint8 else x.view(-1).view(torch.uint8)
+    if x.dtype is torch.uint8:
+        return x
+    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)  # a lone value may have any stride
 
 
 def check_sum(verb: str, x: torch.Tensor) -> None:

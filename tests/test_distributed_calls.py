@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -222,6 +224,27 @@ def any_dtype() -> None:
 
 
 @pytest.mark.processes
+def one_value_and_columns() -> None:
+    """A lone value has any stride and is contiguous; a column is flat and is not."""
+    rank = dist.get_rank()
+    for scheme, check in itertools.product(("fp32", "int8"), ("0", "1")):
+        with mock.patch.dict(os.environ, COMMLIB_CHECK=check):
+            group = torch.distributed.new_group()
+            dist.set_policy(scheme, group)
+            lone = torch.full((1, 8), float(rank))[:, 2]
+            dist.broadcast(lone, 1, group=group)
+            assert lone.item() == 1.0
+            dist.all_reduce(lone, group=group)
+            assert lone.item() == 2.0
+            column = values(rank, 2048, 4)[:, 1]
+            parts = [torch.empty(2048) for _ in range(2)]
+            dist.all_gather(parts, column, group=group, scheme=scheme)
+            for other, part in enumerate(parts):
+                expected = values(other, 2048, 4)[:, 1]
+                assert relative(part, expected) < (0.02 if scheme == "int8" else 1e-6)
+            dist.destroy_process_group(group)
+
+
 @pytest.mark.parametrize(
     ("case", "ranks"),
     [
@@ -230,6 +253,7 @@ def any_dtype() -> None:
         (failing_in_callbacks, 2),
         (first_calls_from_two_threads, 2),
         (any_strides, 2),
+        (one_value_and_columns, 2),
         (any_dtype, 3),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

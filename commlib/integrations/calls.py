@@ -49,7 +49,7 @@ def gather_parts(
 ) -> tuple[Work, After]:
     """Gather every rank's `x`, all of one size; what puts them into `parts` once it is done."""
     flat = x.new_empty(route.size * x.numel())
-    work = route.all_gather(flat, x.reshape(-1), role=Role.PARAMETER, **how)
+    work = route.all_gather(flat, x.contiguous().view(-1), role=Role.PARAMETER, **how)
 
     def spread() -> None:
         for part, row in zip(parts, flat.view(route.size, -1), strict=True):

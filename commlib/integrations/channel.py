@@ -11,6 +11,7 @@ and NCCL needs no second set of buffers on the device.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 from weakref import WeakSet
 
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from commlib.agreement import Agreement
+from commlib.carrier import Carrier
 from commlib.communicator import Communicator
 from commlib.policy import Policy
 from commlib.telemetry import Meter
@@ -71,10 +73,13 @@ def communicator(
             )
     opened = channel(group)
     try:
-        return Communicator(opened, policy, seed=seed, timeout=timeout, meter=meter)
+        made = Communicator(opened, policy, seed=seed, timeout=timeout, meter=meter)
     except BaseException:
         close_group(opened)
         raise
+    # for models that are dropped without close()
+    weakref.finalize(made, _forget, made._carrier, weakref.ref(opened)).atexit = False
+    return made
 
 
 def retire(communicator: Communicator) -> None:
@@ -87,6 +92,14 @@ def retire(communicator: Communicator) -> None:
     # aborted: an exchange may still be pending, and gloo would wait for it
     if not aborted and not transport.destroyed and transport.group in _channels:
         close_group(transport.group)
+
+
+def _forget(carrier: Carrier, opened: weakref.ref[dist.ProcessGroup]) -> None:
+    """Close the channel of a communicator that is gone; nothing of it was under way."""
+    group = opened()
+    if group is not None and carrier.aborted is None:
+        carrier.close()
+        close_group(group)
 
 
 def _backend(group: dist.ProcessGroup) -> str:

@@ -12,6 +12,7 @@ No `from __future__ import annotations` here: DDP compares the hook's annotation
 
 import logging
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -183,7 +184,7 @@ class DDPState(State):
         if not self._bound:  # names are made up as buckets bring parameters
             return {}
         infos = {
-            n: TensorInfo(n, p.numel(), p.dtype, ndim=p.dim(), shape=tuple(p.shape))
+            n: TensorInfo(n, prod(_real(p)), p.dtype.to_real(), ndim=p.dim(), shape=_real(p))
             for p, n in self._names.items()
         }
         return {GRADIENTS: infos}
@@ -249,9 +250,9 @@ class DDPState(State):
         work = communicator.all_reduce_segments(
             buffer,
             keys=names,
-            sizes=tuple(p.numel() for p in parameters),
+            sizes=tuple(prod(_real(p)) for p in parameters),
             ndims=tuple(p.dim() for p in parameters),
-            shapes=tuple(tuple(p.shape) for p in parameters),
+            shapes=tuple(_real(p) for p in parameters),
             factor=1.0 / communicator.size,
             async_op=True,
             hold=_unused(bucket.gradients()) if self._find_unused else (),
@@ -401,6 +402,11 @@ def _register(ddp: DistributedDataParallel, state: DDPState) -> None:
             "DDP takes one communication hook and already has one, a built-in of PyTorch's or "
             "another library's; build the DDP model without it"
         ) from error
+
+
+def _real(parameter: torch.Tensor) -> tuple[int, ...]:
+    """The shape in which DDP carries it: complex values as two real ones each."""
+    return (*parameter.shape, 2) if parameter.is_complex() else tuple(parameter.shape)
 
 
 def _unused(gradients: list[torch.Tensor]) -> tuple[int, ...]:

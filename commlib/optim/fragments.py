@@ -82,7 +82,8 @@ def named(
         if not parameter.requires_grad:
             raise ValueError(f"{who}: {name!r} does not require a gradient: leave it out")
     if inner is not None:
-        trained = {id(p) for group in inner.param_groups for p in group["params"]}
+        groups = inner.param_groups
+        trained = {id(p) for group in groups for p in group["params"] if p.requires_grad}
         idle = [name for name, parameter in pairs if id(parameter) not in trained]
         if idle:
             raise ValueError(f"{who}: the inner optimizer does not train {', '.join(idle)}")

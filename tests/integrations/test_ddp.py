@@ -6,6 +6,9 @@ the result; a residual lost or misplaced at a regrouping would.
 
 from __future__ import annotations
 
+import gc
+import os
+import time
 from typing import Any
 
 import pytest
@@ -194,6 +197,57 @@ def mixed_dtypes() -> None:
         assert relative(grad, exact) < 1e-14
 
 
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.turn = nn.Parameter(torch.randn(WIDTH, WIDTH, dtype=torch.complex64))
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head((x.to(torch.complex64) @ self.turn).abs())
+
+
+def complex_parameters() -> None:
+    """DDP carries them as pairs of real numbers."""
+    for scheme, bound in (("fp32", 1e-6), ("int8+ef", 0.03), ("fp32+ef@power_sgd:rank=2", 2.0)):
+        model, plain = commlib.wrap(DDP(Complex()), scheme), DDP(Complex())
+        for step in range(3):
+            backward(model, step)
+            backward(plain, step)
+            assert_same_on_all_ranks(model.module.turn.grad)
+            assert relative(model.module.turn.grad, plain.module.turn.grad) < bound
+        if "power_sgd" not in scheme:
+            commlib.of(model).replan(every=1)
+            backward(model, 3)
+            backward(model, 4)
+            assert_same_on_all_ranks(model.module.turn.grad)
+
+
+def dropped_models_leave_nothing() -> None:
+    """Neither connections nor threads, as without commlib."""
+
+    def open_now() -> tuple[int, int]:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+    def use() -> None:
+        model = commlib.wrap(DDP(mlp()), "int8+ef")
+        for step in range(2):
+            backward(model, step)
+
+    use()
+    dist.barrier()
+    before = open_now()
+    for _ in range(3):
+        use()
+    end = time.monotonic() + 10.0
+    while open_now() != before and time.monotonic() < end:  # the other end may be later
+        time.sleep(0.01)
+    assert open_now() == before
+    dist.barrier()
+
+
 def nan_passes_in_one_step() -> None:
     for mode in ({}, {"gradient_as_bucket_view": True}):
         model, plain = commlib.wrap(DDP(mlp(), **mode), "int8+ef"), DDP(mlp())
@@ -252,6 +306,8 @@ def sub_group() -> None:
         (frozen_parameters, 2),
         (uneven_inputs, 3),
         (mixed_dtypes, 2),
+        (complex_parameters, 2),
+        (dropped_models_leave_nothing, 2),
         (nan_passes_in_one_step, 2),
         (buffers_stay_exact, 2),
         (sub_group, 3),

@@ -369,6 +369,8 @@ def test_parameters_that_cannot_be_served_are_refused() -> None:
     ]
 
     def body(c: Communicator) -> None:
+        frozen = nn.Parameter(torch.zeros(3), requires_grad=False)  # which it does not train
+        DiLoCo([("x", x)], torch.optim.SGD([x, frozen], 0.1), c, period=2)
         for params, trained, message in cases:
             with pytest.raises(ValueError, match=message):
                 DiLoCo(params, torch.optim.SGD(trained, 0.1), c, period=2)
