@@ -38,6 +38,7 @@ class End(Protocol):
 
     copy: what this worker knows of the centre.
     takes: what its rule does with a push.
+    additive: whether that is to add it as it comes, so that what leaves a worker is in the centre.
     sizes: elements of each parameter, or of the pieces that it is cut into.
     given: what it was made of, in its order, as far as that is known.
     """
@@ -45,6 +46,9 @@ class End(Protocol):
     copy: torch.Tensor
     takes: Takes
     given: References
+
+    @property
+    def additive(self) -> bool: ...
 
     @property
     def sizes(self) -> tuple[int, ...]: ...
@@ -61,7 +65,16 @@ def check_takes(who: str, takes: Takes, center: End) -> None:
     if center.takes != takes:
         raise ValueError(
             f"{who}: pushes {takes}, and the rule of its centre takes {center.takes}; allowed: "
-            "Projected(schedule) for gradients, Add(), Momentum(rate) for updates"
+            "Projected(schedule) for gradients, Add() for updates, of Downpour Momentum(rate) too"
+        )
+
+
+def check_additive(who: str, center: End, why: str) -> None:
+    """Refuse a centre whose rule does not add an update as it comes (ValueError)."""
+    if not center.additive:
+        raise ValueError(
+            f"{who}: the rule of its centre does not add updates as they come, {why}; allowed: "
+            "a Center with rule=None, Add() or Averaged(Add())"
         )
 
 
@@ -160,7 +173,7 @@ class Link:
             )
         wire, arrives = self._push.encode(update)
         self._tell(Message(Kind.PUSH, self.version if source is None else source, wire))
-        if self._additive:
+        if self.additive:
             self.copy += arrives
         return arrives
 
@@ -213,7 +226,7 @@ class Link:
                 f"worker {self.worker!r}: the state is of parameters {about['names']} of sizes "
                 f"{about['sizes']}, allowed: {list(self.shape.names)} of {list(self.shape.sizes)}"
             )
-        self._config, self._additive = text, bool(about["additive"])
+        self._config, self.additive = text, bool(about["additive"])
         self.takes: Takes = about["takes"]
         push, pull = Scheme.parse(about["push"]), Scheme.parse(about["pull"])
         self._pull, self._push = directions(
