@@ -31,7 +31,7 @@ from commlib.optim.ticks import check_count
 
 
 class Downpour:
-    """A worker of DOWNPOUR around any torch optimizer; used as `EASGD`.
+    """A worker of DOWNPOUR around a torch optimizer whose step needs no closure; used as `EASGD`.
 
     Args:
         optimizer: of this worker; its parameters, in its order, are those of the link.
@@ -40,7 +40,7 @@ class Downpour:
             come (`Momentum`).
 
     Raises: ValueError: a period below 1, or above it under such a rule; other parameters than the
-        link's or another order.
+        link's or another order, no link, an optimizer that needs a closure.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, center: End, *, period: int = 1) -> None:

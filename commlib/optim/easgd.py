@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from commlib.optim.center import flat, spread
-from commlib.optim.fragments import check_none_added
+from commlib.optim.fragments import check_none_added, check_steps_alone
 from commlib.optim.link import End, check_additive, check_order, check_takes
 from commlib.optim.pprs import check_number
 from commlib.optim.ticks import check_count
@@ -60,7 +60,7 @@ def exchange(
 
 
 class EASGD:
-    """A worker of EASGD or EAMSGD around any torch optimizer.
+    """A worker of EASGD or EAMSGD around a torch optimizer whose step needs no closure.
 
         link = connect(store, model.named_parameters(), worker="w3")
         worker = EASGD(optimizer, link, moving_rate=0.9 / 4, period=16)
@@ -72,7 +72,8 @@ class EASGD:
     The parameters begin where the centre is.
 
     Args:
-        optimizer: of this worker; its parameters, in its order, are those of the link.
+        optimizer: of this worker; its parameters, in its order, are those of the link. LBFGS would
+            evaluate the model again, after the exchange.
         center: a `Link` (asynchronous) or `Gathered` (synchronous), whose rule adds updates as
             they come.
         moving_rate: alpha. The paper's is 0.9 / workers.
@@ -83,7 +84,8 @@ class EASGD:
         unstable: allow rates outside the proven region.
 
     Raises: ValueError: rates outside the region, a period below 1, other parameters than the
-        link's or another order, a centre of another rule.
+        link's or another order, no link, a centre of another rule, an optimizer that needs a
+        closure.
     """
 
     def __init__(
@@ -161,9 +163,11 @@ def check_conserves(who: str, center: End) -> None:
 def params_of(who: str, optimizer: torch.optim.Optimizer, center: End) -> list[torch.Tensor]:
     """The optimizer's parameters, in the order of its groups, which has to be the centre's.
 
-    Raises: ValueError: it is not, or takes gradients.
+    Raises: ValueError: it is not, the centre is none or takes gradients, or the optimizer's step
+        needs a closure.
     """
     check_takes(who, "updates", center)
+    check_steps_alone(who, optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     check_order(f"{who}: in its optimizer's groups", params, center)
     return params

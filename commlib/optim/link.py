@@ -60,8 +60,19 @@ class End(Protocol):
         """Send an update; returns what of it arrives, which is what to apply here."""
 
 
+def check_end(who: str, center: object) -> None:
+    """Refuse what is no end of a centre, such as the centre itself (ValueError)."""
+    if not isinstance(getattr(center, "copy", None), torch.Tensor) or not hasattr(center, "takes"):
+        raise ValueError(
+            f"{who}: got a {type(center).__name__} for a link to its centre, allowed: a Link or "
+            "Sharded, which local(center, params, worker) makes in this process, connect(...) and "
+            "connect_shards(...) to others, or Gathered"
+        )
+
+
 def check_takes(who: str, takes: Takes, center: End) -> None:
     """Refuse a centre whose rule takes something else than `who` pushes (ValueError)."""
+    check_end(who, center)
     if center.takes != takes:
         raise ValueError(
             f"{who}: pushes {takes}, and the rule of its centre takes {center.takes}; allowed: "

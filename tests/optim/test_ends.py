@@ -1,6 +1,10 @@
-"""What methods over a centre ask of it, before they send anything."""
+"""What methods over a centre ask of it and of their optimizer, before they send anything."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -8,21 +12,29 @@ from torch import nn
 
 from commlib import Communicator
 from commlib.optim import (
+    DASGD,
     EASGD,
     Add,
     Averaged,
     Center,
+    DiLoCo,
     Downpour,
     Gathered,
+    LocalSGD,
     Momentum,
     Node,
     Sharded,
     local,
 )
+from commlib.optim.fragments import needs_closure
 from commlib.optim.link import End, Link
 from commlib.optim.rules import Rule
 from tests.communicators import on_ranks
-from tests.optim.replicas import model
+from tests.optim.models import same
+from tests.optim.replicas import model, weights
+
+Make = Callable[[torch.optim.Optimizer, Any], object]
+METHODS = [partial(EASGD, moving_rate=0.2), Downpour]
 
 
 def linked(module: nn.Module, rule: Rule | None = None) -> Link:
@@ -79,3 +91,84 @@ def test_the_synchronous_centre_adds() -> None:
         EASGD(sgd(module), center, moving_rate=0.2)
 
     on_ranks(1, "fp32", body)
+
+
+@pytest.mark.parametrize("make", METHODS)
+def test_what_is_no_link_is_refused(make: Make) -> None:
+    module = model()
+    center = Center(module.named_parameters())
+    for given in (center, None, "center"):
+        told = f"got a {type(given).__name__} for a link .*local\\(center, .*connect\\("
+        with pytest.raises(ValueError, match=told):
+            make(sgd(module), given)
+        with pytest.raises(ValueError, match=told):
+            Node(center, given, 0.5, 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"link is a Center, allowed: .* local\(.*connect\("):
+        DASGD(module.parameters(), center)  # type: ignore[arg-type]
+
+
+class Strict(torch.optim.SGD):
+    """A step that cannot be made without its closure."""
+
+    def step(self, *, closure: Callable[[], float]) -> float:  # type: ignore[override]
+        return closure()
+
+
+class Lax(torch.optim.SGD):
+    """A step that takes anything, and needs nothing."""
+
+    def step(self, *args: Any, **more: Any) -> None:
+        super().step()
+
+
+@pytest.mark.parametrize("make", METHODS)
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, Strict])
+def test_an_optimizer_that_needs_a_closure_is_refused(make: Make, kind: Any) -> None:
+    """It would go over the model again after the exchange, and got no closure anyway."""
+    module = model()
+    link, before = linked(module), weights(module)
+    with pytest.raises(ValueError, match=f"the step of {kind.__name__} needs a closure"):
+        make(kind(module.parameters()), link)
+    assert same(before, weights(module))
+    assert link.bytes_sent == linked(model()).bytes_sent  # it has joined, and no more
+
+
+def test_others_step_alone() -> None:
+    x = [nn.Parameter(torch.zeros(2))]
+    kinds = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Rprop, Lax)
+    for kind in kinds:
+        optimizer = kind(x, lr=0.1)
+        assert not needs_closure(optimizer)
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)  # wraps the step
+        assert not needs_closure(optimizer)
+    late = torch.optim.LBFGS(x)
+    torch.optim.lr_scheduler.StepLR(late, 1)
+    assert needs_closure(late)
+
+
+@pytest.mark.parametrize("kind", [DiLoCo, LocalSGD])
+def test_diloco_hands_its_closure_on(kind: type[DiLoCo]) -> None:
+    """So LBFGS works there; without one it is refused before anything is sent."""
+
+    def body(communicator: Communicator) -> list[torch.Tensor]:
+        module = model()
+        inner = torch.optim.LBFGS(module.parameters(), lr=0.1, max_iter=2)
+        outer = kind(module.named_parameters(), inner, communicator, period=2)
+        x = torch.randn(8, 7, generator=torch.Generator().manual_seed(communicator.rank))
+
+        def closure() -> float:
+            inner.zero_grad()
+            loss = (module(x) - 1).square().mean()
+            loss.backward()
+            return float(loss.detach())
+
+        with pytest.raises(ValueError, match=r"step of LBFGS needs a closure.*step\(closure\)"):
+            outer.step()
+        assert communicator.transport.bytes_sent == 0
+        losses = [outer.step(closure) for _ in range(2)]
+        assert losses[1] < losses[0]  # type: ignore[operator]
+        return weights(module)
+
+    one, other = on_ranks(2, "fp32", body)
+    assert same(one, other)
+    assert not same(one, weights(model()))
