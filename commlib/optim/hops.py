@@ -98,7 +98,7 @@ class End:
             )
         kept = state.get("boundary")
         if kept is not None:  # here, not at the first tensor: others may have been sent by then
-            Compressor(self.scheme.codec, Plain()).load_state_dict(kept["compressor"])
+            Compressor(self.scheme.codec, Plain()).load_state_dict(kept.get("compressor", {}))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`, at both ends. The first tensor settles the form anew."""

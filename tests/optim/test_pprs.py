@@ -268,6 +268,15 @@ def test_a_state_of_other_hops_is_refused_and_changes_nothing(
     assert all(same(ones, after["y"][stage]) for stage, ones in before["y"].items())
 
 
+def test_a_state_with_a_hop_that_is_none_is_refused_before_a_step() -> None:
+    optimizer = GD(here(activations="int4"), 1e-2)
+    optimizer.step(*data())
+    state = optimizer.state_dict()
+    state["hops"]["activations of stage 2"]["boundary"] = {}
+    with pytest.raises(ValueError, match="no state of a compressor"):
+        GD(here(activations="int4"), 1e-2).load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
