@@ -132,8 +132,8 @@ class DASGD:
             check_count("DASGD: bound", bound)
         if not isinstance(link, Link):
             raise ValueError(
-                f"DASGD: link is a {type(link).__name__}, allowed: a Link to one centre, whose "
-                "versions tell how late a gradient comes"
+                f"DASGD: link is a {type(link).__name__}, allowed: a Link to one centre, which "
+                "local(...) or connect(...) make, as its versions tell how late a gradient comes"
             )
         check_order("DASGD", self._params, link)
         check_takes("DASGD", "gradients", link)

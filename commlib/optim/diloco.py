@@ -60,7 +60,8 @@ class DiLoCo(Outer):
 
     Args:
         params: named, as `model.named_parameters()`; float32; all that `inner` trains.
-        inner: any torch optimizer of these parameters. Or None: then call `tick` after its step.
+        inner: any torch optimizer of these parameters; for one whose step needs a closure (LBFGS)
+            call `step` with that. Or None: then call `tick` after its step.
         communicator: of the ranks; its policy says how D travels (`e3m0:block=256`, `sigma8`).
             Without feedback codecs round at random by default; ":round=nearest" is better here.
             Used by nothing else; with an overlap its group is no other's either, as an exchange

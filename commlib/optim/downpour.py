@@ -10,7 +10,7 @@ and then the step itself, on the gradient of before (the paper's order, and `EAS
 exchange may lie beside backward): the first step after an exchange is one of the old parameters.
 
 The rule of the centre makes the variants: `Add` is DOWNPOUR (period 1: asynchronous SGD),
-`Momentum` MDOWNPOUR (period 1 alone), `Averaged` ADOWNPOUR and MVADOWNPOUR.
+`Momentum` MDOWNPOUR (period 1 alone, else refused), `Averaged` ADOWNPOUR and MVADOWNPOUR.
 
 Sources: Dean et al., "Large Scale Distributed Deep Networks", NIPS 2012; Zhang, Choromanska, LeCun,
 arXiv 1412.6651, section 5.1 and algorithms 3 to 5.
@@ -26,25 +26,30 @@ import torch
 from commlib.optim.center import flat, spread
 from commlib.optim.easgd import check_params, params_of
 from commlib.optim.fragments import check_none_added
-from commlib.optim.link import End
+from commlib.optim.link import End, check_additive
 from commlib.optim.ticks import check_count
 
 
 class Downpour:
-    """A worker of DOWNPOUR around any torch optimizer; used as `EASGD`.
+    """A worker of DOWNPOUR around a torch optimizer whose step needs no closure; used as `EASGD`.
 
     Args:
         optimizer: of this worker; its parameters, in its order, are those of the link.
         center: a `Link`.
-        period: steps from one push to the next.
+        period: steps from one push to the next; 1 where the rule does not add updates as they
+            come (`Momentum`).
 
-    Raises: ValueError: a period below 1, other parameters than the link's or another order.
+    Raises: ValueError: a period below 1, or above it under such a rule; other parameters than the
+        link's or another order, no link, an optimizer that needs a closure.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, center: End, *, period: int = 1) -> None:
         check_count("Downpour: period", period)
         self.optimizer, self.center, self.period = optimizer, center, period
         self._params = params_of("Downpour", optimizer, center)
+        if period > 1:
+            why = "and what several steps have gained is no step of Momentum's: give period=1"
+            check_additive(f"Downpour: period is {period}", center, why)
         self.steps = 0
         self._begin()
 

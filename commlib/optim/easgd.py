@@ -28,8 +28,8 @@ from typing import Any
 import torch
 
 from commlib.optim.center import flat, spread
-from commlib.optim.fragments import check_none_added
-from commlib.optim.link import End, check_order, check_takes
+from commlib.optim.fragments import check_none_added, check_steps_alone
+from commlib.optim.link import End, check_additive, check_order, check_takes
 from commlib.optim.pprs import check_number
 from commlib.optim.ticks import check_count
 
@@ -60,7 +60,7 @@ def exchange(
 
 
 class EASGD:
-    """A worker of EASGD or EAMSGD around any torch optimizer.
+    """A worker of EASGD or EAMSGD around a torch optimizer whose step needs no closure.
 
         link = connect(store, model.named_parameters(), worker="w3")
         worker = EASGD(optimizer, link, moving_rate=0.9 / 4, period=16)
@@ -72,8 +72,10 @@ class EASGD:
     The parameters begin where the centre is.
 
     Args:
-        optimizer: of this worker; its parameters, in its order, are those of the link.
-        center: a `Link` (asynchronous) or `Gathered` (synchronous).
+        optimizer: of this worker; its parameters, in its order, are those of the link. LBFGS would
+            evaluate the model again, after the exchange.
+        center: a `Link` (asynchronous) or `Gathered` (synchronous), whose rule adds updates as
+            they come.
         moving_rate: alpha. The paper's is 0.9 / workers.
         period: steps from one exchange to the next (tau). The first is at the first step.
         center_rate: by which the centre moves, where that is another one; None: alpha.
@@ -82,7 +84,8 @@ class EASGD:
         unstable: allow rates outside the proven region.
 
     Raises: ValueError: rates outside the region, a period below 1, other parameters than the
-        link's or another order.
+        link's or another order, no link, a centre of another rule, an optimizer that needs a
+        closure.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class EASGD:
         if self.center_rate == 0 and self.moving_rate != 0:
             raise ValueError("EASGD: center_rate is 0, allowed: others, or moving_rate 0 too")
         self._params = params_of("EASGD", optimizer, center)
+        check_conserves("EASGD", center)
         rate = max(float(group["lr"]) for group in optimizer.param_groups)
         eta = rate * (0.0 if curvature is None else curvature)
         if not unstable:
@@ -150,12 +154,20 @@ class EASGD:
         self.steps = int(state["steps"])
 
 
+def check_conserves(who: str, center: End) -> None:
+    """Refuse a centre that gets something else than what leaves a worker (ValueError)."""
+    why = "and an elastic exchange would not conserve the sum of a worker and its centre"
+    check_additive(who, center, why)
+
+
 def params_of(who: str, optimizer: torch.optim.Optimizer, center: End) -> list[torch.Tensor]:
     """The optimizer's parameters, in the order of its groups, which has to be the centre's.
 
-    Raises: ValueError: it is not.
+    Raises: ValueError: it is not, the centre is none or takes gradients, or the optimizer's step
+        needs a closure.
     """
     check_takes(who, "updates", center)
+    check_steps_alone(who, optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     check_order(f"{who}: in its optimizer's groups", params, center)
     return params

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -98,6 +99,27 @@ def named(
 def trained(inner: torch.optim.Optimizer) -> int:
     """How many parameters an optimizer has."""
     return sum(len(group["params"]) for group in inner.param_groups)
+
+
+def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step of it has to be given one, as LBFGS's."""
+    # the class's: schedulers put wrappers on the instance
+    step = getattr(type(optimizer), "step", None)
+    if step is None:
+        return False
+    _, *others = inspect.signature(step).parameters.values()
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return any(one.default is one.empty and one.kind not in several for one in others)
+
+
+def check_steps_alone(who: str, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose step needs a closure (ValueError)."""
+    if needs_closure(optimizer):
+        raise ValueError(
+            f"{who}: the step of {type(optimizer).__name__} needs a closure, with which it goes "
+            "over the model again, after the exchange; allowed: optimizers that step on the "
+            "gradients there are, such as torch.optim.SGD and AdamW"
+        )
 
 
 def check_none_added(who: str, inner: torch.optim.Optimizer, before: int) -> None:

@@ -48,6 +48,7 @@ class Gathered:
         self._ndims = tuple(tensor.ndim for _, tensor in named)
         self.copy = flat(tensor for _, tensor in named)
         self.takes: Takes = "updates"
+        self.additive = True
 
     @property
     def sizes(self) -> tuple[int, ...]:

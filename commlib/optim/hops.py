@@ -12,16 +12,18 @@ that tells the tensors' dtype and shape; neither is counted.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import deque
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 
 from commlib import stamp
 from commlib.boundary import Boundary
-from commlib.modes import Reuse
+from commlib.feedback import Compressor
+from commlib.modes import Plain, Reuse
 from commlib.scheme import Scheme
 from commlib.traffic import Pending, Transport
 from commlib_kernels.layout import aligned
@@ -34,9 +36,15 @@ CLOCK = 16
 
 
 class Hop(Protocol):
-    """One way across one boundary. `nbytes`: of the wires that went over it so far."""
+    """One way across one boundary.
+
+    nbytes: of the wires that went over it so far. ends: those that are here and write wires.
+    """
 
     nbytes: int
+
+    @property
+    def ends(self) -> tuple[End, ...]: ...
 
     def put(self, x: torch.Tensor, ready: int, fresh: bool) -> None:
         """Send `x`, which is there from tick `ready` on.
@@ -67,13 +75,44 @@ class End:
         self.shape: tuple[int, ...] | None = None
         self.dtype = torch.float32
         self._boundary: Boundary | None = None
+        self._saved: dict[str, Any] | None = None  # of a boundary that the first tensor will make
         self._number = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far a coded way is between two steps, the same at both ends.
+
+        It has no batches: what +reuse holds of a step's serves no other, as each begins fresh.
+        """
+        kept = copy.deepcopy(self._saved)
+        if self._boundary is not None:
+            kept = self._boundary.state_dict() | {"batches": {}, "checksum": 0}
+        return {"scheme": str(self.scheme), "boundary": kept}
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Refuse what `load_state_dict` cannot go on from (ValueError); nothing has changed."""
+        assert self.scheme is not None
+        if state.get("scheme") != str(self.scheme):
+            raise ValueError(
+                f"{self.key}: the state is of scheme {state.get('scheme')!r}, allowed: "
+                f"{str(self.scheme)!r}"
+            )
+        kept = state.get("boundary")
+        if kept is not None:  # here, not at the first tensor: others may have been sent by then
+            Compressor(self.scheme.codec, Plain()).load_state_dict(kept.get("compressor", {}))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`, at both ends. The first tensor settles the form anew."""
+        self._saved = copy.deepcopy(state["boundary"])
+        self._boundary, self.shape = None, None
 
     def fix(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         """Settle the form with the first tensor; ValueError where a later one differs."""
         if self.shape is None:
             if self.scheme is not None:
                 self._boundary = Boundary(self.key, self.scheme, shape, dtype, device=device)
+                if self._saved is not None:
+                    self._boundary.load_state_dict(self._saved)
+                    self._saved = None
             self.shape, self.dtype = tuple(shape), dtype
         elif self.shape != tuple(shape) or self.dtype != dtype:
             raise ValueError(
@@ -124,6 +163,10 @@ class Local:
         self._ends = None if scheme is None else (End(key, scheme), End(key, scheme))
         self._way: deque[tuple[torch.Tensor, int]] = deque()
 
+    @property
+    def ends(self) -> tuple[End, ...]:
+        return self._ends or ()
+
     def put(self, x: torch.Tensor, ready: int, fresh: bool) -> None:
         if self._ends is None:
             self.nbytes += raw_bytes(x.nbytes)
@@ -164,6 +207,10 @@ class Sender:
         self._transport = transport
         self._peer = peer
         self._pending: list[Pending] = []
+
+    @property
+    def ends(self) -> tuple[End, ...]:
+        return (self._end,)
 
     def put(self, x: torch.Tensor, ready: int, fresh: bool) -> None:
         if self._end.shape is None:
@@ -211,6 +258,10 @@ class Receiver:
         self._end = End(key, scheme)
         self._transport = transport
         self._peer = peer
+
+    @property
+    def ends(self) -> tuple[End, ...]:
+        return (self._end,)
 
     def put(self, x: torch.Tensor, ready: int, fresh: bool) -> None:
         raise RuntimeError("this end of the hop receives")

@@ -38,6 +38,7 @@ class End(Protocol):
 
     copy: what this worker knows of the centre.
     takes: what its rule does with a push.
+    additive: whether that is to add it as it comes, so that what leaves a worker is in the centre.
     sizes: elements of each parameter, or of the pieces that it is cut into.
     given: what it was made of, in its order, as far as that is known.
     """
@@ -45,6 +46,9 @@ class End(Protocol):
     copy: torch.Tensor
     takes: Takes
     given: References
+
+    @property
+    def additive(self) -> bool: ...
 
     @property
     def sizes(self) -> tuple[int, ...]: ...
@@ -56,12 +60,32 @@ class End(Protocol):
         """Send an update; returns what of it arrives, which is what to apply here."""
 
 
+def check_end(who: str, center: object) -> None:
+    """Refuse what is no end of a centre, such as the centre itself (ValueError)."""
+    if not isinstance(getattr(center, "copy", None), torch.Tensor) or not hasattr(center, "takes"):
+        raise ValueError(
+            f"{who}: got a {type(center).__name__} for a link to its centre, allowed: a Link or "
+            "Sharded, which local(center, params, worker) makes in this process, connect(...) and "
+            "connect_shards(...) to others, or Gathered"
+        )
+
+
 def check_takes(who: str, takes: Takes, center: End) -> None:
     """Refuse a centre whose rule takes something else than `who` pushes (ValueError)."""
+    check_end(who, center)
     if center.takes != takes:
         raise ValueError(
             f"{who}: pushes {takes}, and the rule of its centre takes {center.takes}; allowed: "
-            "Projected(schedule) for gradients, Add(), Momentum(rate) for updates"
+            "Projected(schedule) for gradients, Add() for updates, of Downpour Momentum(rate) too"
+        )
+
+
+def check_additive(who: str, center: End, why: str) -> None:
+    """Refuse a centre whose rule does not add an update as it comes (ValueError)."""
+    if not center.additive:
+        raise ValueError(
+            f"{who}: the rule of its centre does not add updates as they come, {why}; allowed: "
+            "a Center with rule=None, Add() or Averaged(Add())"
         )
 
 
@@ -160,7 +184,7 @@ class Link:
             )
         wire, arrives = self._push.encode(update)
         self._tell(Message(Kind.PUSH, self.version if source is None else source, wire))
-        if self._additive:
+        if self.additive:
             self.copy += arrives
         return arrives
 
@@ -213,7 +237,7 @@ class Link:
                 f"worker {self.worker!r}: the state is of parameters {about['names']} of sizes "
                 f"{about['sizes']}, allowed: {list(self.shape.names)} of {list(self.shape.sizes)}"
             )
-        self._config, self._additive = text, bool(about["additive"])
+        self._config, self.additive = text, bool(about["additive"])
         self.takes: Takes = about["takes"]
         push, pull = Scheme.parse(about["push"]), Scheme.parse(about["pull"])
         self._pull, self._push = directions(

@@ -134,34 +134,47 @@ class OneBitAdam(Replicas):
             self._move(one, m, self._denominator(one))
 
     def _compressed_step(self) -> None:
-        if self.steps == self.warmup:
-            self._freeze()
-        flat = torch.cat([self._momentum(one).reshape(-1) for one in self._named()])
+        masks = self._masks()
+        mine = [self._momentum(one, mask) for one, mask in zip(self._named(), masks, strict=True)]
+        flat = torch.cat([momentum.reshape(-1) for momentum in mine])
         self.communicator.all_reduce_segments(
             flat, self._names, self._sizes, self._ndims, factor="avg"
         ).wait()
         self._check_finite(flat, "momentum")
         steps = []
-        for one, momentum in self._parts(flat):
-            if self.threshold is not None:
-                momentum.mul_(self._moments(one)[1] > 0)
+        for (one, momentum), mask in zip(self._parts(flat), masks, strict=True):
+            if mask is not None:
+                momentum.mul_(mask)
             steps.append((one, momentum, self._denominator(one)))
         self._check_reach(steps)
+        if self.steps == self.warmup:
+            self._freeze(masks)
         for one, momentum, denominator in steps:
             self._moments(one)[0].copy_(momentum)
             self._move(one, momentum, denominator)
 
-    def _freeze(self) -> None:
-        """Set v to 0 where the mask is: from here on v > 0 is the mask."""
-        if self.threshold is None:
-            return
+    def _masks(self) -> list[torch.Tensor | None]:
+        """Where m may be other than 0, by parameter; None: anywhere."""
         second = [self._moments(one)[1] for one in self._named()]
+        if self.threshold is None:
+            return [None] * len(second)
+        if self.steps > self.warmup:
+            return [v > 0 for v in second]
         cuts = torch.stack([v.mean() for v in second]).nan_to_num_().mul_(self.threshold)
         # a mean of the same numbers may differ by the threads that made it
         self.communicator.broadcast(cuts, 0, scheme="fp32").wait()
-        for v, cut in zip(second, cuts, strict=True):
-            v.mul_(v > cut)
-        masked = sum(int((v == 0).sum()) for v in second)
+        return [v > cut for v, cut in zip(second, cuts, strict=True)]
+
+    def _freeze(self, masks: list[torch.Tensor | None]) -> None:
+        """Set v to 0 where the mask is: from here on v > 0 is the mask.
+
+        Once the first step under it is known to succeed: one that is refused leaves v as it was.
+        """
+        masked = 0
+        for one, mask in zip(self._named(), masks, strict=True):
+            if mask is not None:
+                self._moments(one)[1].mul_(mask)
+                masked += int((~mask).sum())
         if masked and self.communicator.rank == 0:
             logger.warning(
                 "1-bit Adam: v is frozen after %d steps; %d of %d coordinates had (almost) no "
@@ -176,11 +189,11 @@ class OneBitAdam(Replicas):
             gradient = gradient.add(one.parameter, alpha=decay)
         return gradient
 
-    def _momentum(self, one: Named) -> torch.Tensor:
+    def _momentum(self, one: Named, mask: torch.Tensor | None) -> torch.Tensor:
         """m_i, 0 where the mask is."""
-        m, v = self._moments(one)
+        m, _ = self._moments(one)
         momentum = m.lerp(self._gradient(one), 1 - one.group["betas"][0])
-        return momentum if self.threshold is None else momentum.mul_(v > 0)
+        return momentum if mask is None else momentum.mul_(mask)
 
     def _moments(self, one: Named) -> tuple[torch.Tensor, torch.Tensor]:
         return self._moment(one.parameter, "exp_avg"), self._moment(one.parameter, "exp_avg_sq")
@@ -214,7 +227,7 @@ class OneBitAdam(Replicas):
             f"few lr, allowed: {REACH:g}), as v was frozen where (almost) no gradient had come: "
             f"set threshold (1e-4; it is {self.threshold}), a longer warmup (it is {self.warmup}) "
             f"or a larger eps (it is {group['eps']:g}). Parameters and moments are as before the "
-            "step"
+            "step; residuals of error feedback are not, what they owed was in that momentum"
         )
 
     def _check_options(self, group: dict[str, Any]) -> None:

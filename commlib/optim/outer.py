@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from commlib.optim.fragments import check_none_added, cut, named, trained
+from commlib.optim.fragments import check_none_added, cut, named, needs_closure, trained
 from commlib.optim.pprs import check_number
 from commlib.optim.ticks import check_count
 from commlib.work import Work
@@ -89,6 +89,7 @@ class Outer(ABC):
             raise ValueError(f"{name}: mix is {mix}, allowed: 0 to below 1; 1 would learn nothing")
         pairs = named(name, params, inner, device)
         self._trained = 0 if inner is None else trained(inner)
+        self._needs_closure = inner is not None and needs_closure(inner)
         self.fragments = cut(name, pairs, fragments, period)
         # new memory in any case: W moves away from theta
         self._theta = [fragment.flat() for fragment in self.fragments]
@@ -108,11 +109,17 @@ class Outer(ABC):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """A step of the inner optimizer, and `tick`; what the former returned.
 
-        Raises: RuntimeError as `tick`, or there is no inner optimizer.
+        Raises: RuntimeError as `tick`, or there is no inner optimizer. ValueError: there is no
+            closure, and the inner optimizer needs one.
         """
         if self.inner is None:
             raise RuntimeError(
                 f"{type(self).__name__}: there is no inner optimizer; call tick() after its step"
+            )
+        if closure is None and self._needs_closure:  # before anything is sent
+            raise ValueError(
+                f"{type(self).__name__}: the step of {type(self.inner).__name__} needs a closure, "
+                "and got none: call step(closure), or step it yourself, and tick()"
             )
         self._ready()
         self._check_unchanged()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch import nn
 from torch.func import functional_call
 
 from commlib.modes import Plain, Reuse
-from commlib.optim.hops import Hop, Local, Receiver, Sender
+from commlib.optim.hops import End, Hop, Local, Receiver, Sender
 from commlib.optim.ticks import Operation, Schedule, check_count, span
 from commlib.scheme import Role, Scheme
 from commlib.traffic import Transport
@@ -260,6 +260,44 @@ class Pipeline:
             stage.finish(len(passes))
         losses = self.stages[-1].losses
         return math.fsum(torch.stack(losses).tolist()) / len(losses) if losses else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the coded hops that are here are in their streams of random numbers, by name.
+
+        Between two steps. The modules' own state is saved beside it; on ranks, each saves its own.
+        """
+        return {key: ends[0].state_dict() for key, ends in self._coded().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`, on all ranks.
+
+        Raises: ValueError: of other hops or schemes; nothing has changed.
+        """
+        self.check_state(state)
+        for key, ends in self._coded().items():
+            for end in ends:
+                end.load_state_dict(state[key])
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse what `load_state_dict` refuses (ValueError)."""
+        mine = self._coded()
+        if state.keys() != mine.keys():
+            raise ValueError(
+                f"Pipeline: the state is of the coded hops {sorted(state)}, allowed: "
+                f"{sorted(mine)}: give the stages, activations= and gradients= that it was saved "
+                "with"
+            )
+        for key, ends in mine.items():
+            ends[0].check(state[key])
+
+    def _coded(self) -> dict[str, list[End]]:
+        """The ends here of every coded hop, by its name."""
+        links = [link for stage in self.stages for link in (stage.before, stage.behind)]
+        found: dict[str, list[End]] = {}
+        for end in (end for link in links for hop in link or () for end in hop.ends):
+            if end.scheme is not None:
+                found.setdefault(end.key, []).append(end)
+        return found
 
     def schedule(self, passes: int) -> Schedule:
         """What the stages' logs of a step of `passes` passes should be."""

@@ -59,20 +59,26 @@ class _Descent(ABC):
         """What a step changes, but for the parameters: saved beside the modules' own state.
 
         With both loaded, and the same arguments, further steps are bitwise those of a run that was
-        not interrupted. On ranks, each saves its own.
+        not interrupted, under codecs that round at random too. On ranks, each saves its own.
         """
-        return {"steps": self.steps}
+        return {"steps": self.steps, "hops": self.pipeline.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`.
+        """Go on from `state_dict()`, on all ranks.
 
-        Raises: ValueError: of other stages or shapes, or of another optimizer.
+        One without "hops", of before they were saved, loads too: hops then stay as they are, so
+        that those of a new pipeline round at random otherwise than in a run not interrupted.
+
+        Raises: ValueError: of other stages, shapes or schemes, or of another optimizer; nothing
+            has changed.
         """
         mine = self.state_dict()
-        if state.keys() != mine.keys():
+        if {"hops", *state} != mine.keys():
             raise ValueError(
                 f"{type(self).__name__}: the state has {sorted(state)}, allowed: {sorted(mine)}"
             )
+        if "hops" in state:
+            self.pipeline.load_state_dict(state["hops"])
         self.steps = int(state["steps"])
 
     def _gradient(self, samples: Sequence[Any], targets: Sequence[Any] | None) -> float | None:

@@ -68,6 +68,9 @@ class Momentum:
         v <- momentum v + u      u = -lr g(xc + momentum v), pushed after every step
         xc <- xc + v
 
+    For workers of `Downpour` with period 1: it does not add updates as they come, so `EASGD` and
+    `Node` refuse it.
+
     Source: Zhang, Choromanska, LeCun, "Deep learning with Elastic Averaging SGD", NIPS 2015, arXiv
     1412.6651, algorithms 4 and 5.
     """

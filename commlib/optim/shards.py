@@ -96,6 +96,7 @@ class Sharded:
         self.links = tuple(links)
         self.given: References = ()  # pieces are no parameters; `connect_shards` knows of what
         self.takes: Takes = links[0].takes
+        self.additive = all(link.additive for link in links)
         self.sizes = tuple(size for link in links for size in link.sizes)
         """Elements of each piece."""
         self.copy = torch.cat([link.copy for link in links])

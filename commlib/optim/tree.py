@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 
 from commlib.optim.center import Center, check_sizes
+from commlib.optim.easgd import check_conserves
 from commlib.optim.link import End, check_takes
 from commlib.optim.ticks import check_count
 
@@ -43,7 +44,7 @@ class Node:
         period: updates by children from one exchange to the next.
 
     Raises: ValueError: a rate outside 0 to 1, a period below 1, a parent of other parameters or
-        another order, or whose rule takes gradients.
+        another order, or whose rule does not add updates as they come.
     """
 
     def __init__(self, center: Center, parent: End, rate: float, period: int) -> None:
@@ -51,6 +52,7 @@ class Node:
         if not 0 <= rate <= 1:
             raise ValueError(f"Node: rate is {rate}, allowed: 0 to 1")
         check_takes("Node", "updates", parent)
+        check_conserves("Node", parent)
         check_sizes("Node", center.shape.sizes, parent.sizes)
         self.center, self.parent, self.rate, self.period = center, parent, rate, period
         self._lock = threading.Lock()

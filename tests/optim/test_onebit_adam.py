@@ -322,7 +322,34 @@ def test_groups_have_their_own_options_and_schedules() -> None:
     assert not same(warm[2:], end[2:])
 
 
-@pytest.mark.parametrize("step", [1, WARM + 1])
+def moments(optimizer: OneBitAdam) -> list[torch.Tensor]:
+    held = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
+    return [one[name].clone() for one in held for name in sorted(one)]
+
+
+def test_a_first_step_under_the_mask_that_is_too_far_leaves_v_as_it_was() -> None:
+    """v is masked in some, and too small in others for the gradient that comes late."""
+
+    def body(c: Communicator) -> None:
+        x = nn.Parameter(torch.zeros(384))
+        optimizer = OneBitAdam([("x", x)], c, LR, warmup=WARM, threshold=1e-14, eps=1e-9)
+        scale = torch.tensor([1.0, 1e-6, 1e-8]).repeat_interleave(128)
+        for step in range(WARM):
+            x.grad = scale * drawn(0, step, 384).sign()
+            optimizer.step()
+        before = [x.detach().clone(), *moments(optimizer)]
+        x.grad = drawn(c.rank, WARM, 384)
+        with pytest.raises(RuntimeError, match="of 384 coordinates of 'x' by up to"):
+            optimizer.step()
+        assert same(before, [x.detach(), *moments(optimizer)])
+        x.grad *= scale
+        optimizer.step()
+        assert int((optimizer.state[x]["exp_avg_sq"] == 0).sum()) == 128
+
+    on_ranks(2, "fp32", body)
+
+
+@pytest.mark.parametrize("step", [1, WARM, WARM + 1])
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_a_gradient_that_is_not_finite_raises_on_all_ranks_and_leaves_no_trace(
     step: int, bad: float
@@ -335,10 +362,10 @@ def test_a_gradient_that_is_not_finite_raises_on_all_ranks_and_leaves_no_trace(
             if now == step:
                 if c.rank == 1:
                     module[2].weight.grad[1, 2] = bad  # type: ignore[index, union-attr]
-                before = weights(module)
+                before = [*weights(module), *moments(optimizer)]
                 with pytest.raises(RuntimeError, match=r"the mean .* of 2\.weight is not finite"):
                     optimizer.step()
-                assert same(before, weights(module))
+                assert same(before, [*weights(module), *moments(optimizer)])
                 assert optimizer.steps == step
                 continue
             optimizer.step()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from bench.pprs_problem import Problem, run
 from commlib.optim import GD, PPRS, Nesterov, Pipeline, Schedule
 from commlib.optim import noise as noise_module
 from commlib.optim.noise import normals
+from commlib.transport import Transport, run_ranks
 from tests.optim.models import WIDTH, Shift, data, error, here, modules, parameters, same
 
 
@@ -152,6 +155,126 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert [resumed.step(*data()) for _ in range(3)] == losses
     assert same(parameters(resumed.pipeline), parameters(whole.pipeline))
     assert resumed.state_dict()["steps"] == 6
+
+
+RANDOM = [("int4:round=stochastic", None), (None, "qsgd:levels=4:block=64"), ("int4+reuse", "int4")]
+
+
+def resume(
+    make: Callable[[], GD | Nesterov], steps: int = 3, old: bool = False
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The parameters after a run, and after one that went on from a file in its middle.
+
+    old: from a state as it was before hops were in it.
+    """
+    whole = make()
+    for _ in range(steps):
+        whole.step(*data())
+    file, reached = io.BytesIO(), parameters(whole.pipeline)
+    torch.save(whole.state_dict(), file)
+    for _ in range(steps):
+        whole.step(*data())
+
+    resumed = make()
+    places = [p for stage in resumed.pipeline.stages for p in stage.parameters]
+    with torch.no_grad():
+        for place, saved in zip(places, reached, strict=True):
+            place.copy_(saved)
+    state = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    if old:
+        del state["hops"]
+    resumed.load_state_dict(state)
+    for _ in range(steps):
+        resumed.step(*data())
+    return parameters(whole.pipeline), parameters(resumed.pipeline)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize(("activations", "gradients"), RANDOM)
+def test_codecs_that_round_at_random_go_on_bitwise(
+    make: Callable[[Pipeline], GD | Nesterov], activations: str | None, gradients: str | None
+) -> None:
+    whole, resumed = resume(lambda: make(here(activations=activations, gradients=gradients)))
+    assert same(whole, resumed)
+
+
+@pytest.mark.parametrize(("activations", "gradients"), RANDOM)
+def test_ranks_go_on_bitwise(activations: str | None, gradients: str | None) -> None:
+    """Both ends of a hop load their own, and settle its form anew."""
+    depth = 3
+
+    def body(transport: Transport) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        def make() -> PPRS:
+            mine, how = [modules(depth)[transport.rank]], {"activations": activations}
+            pipeline = Pipeline(mine, loss=error, transport=transport, gradients=gradients, **how)
+            return PPRS(pipeline, 3, 0.1, 1e-2, seed=9)
+
+        return resume(make)
+
+    whole = PPRS(here(depth, activations=activations, gradients=gradients), 3, 0.1, 1e-2, seed=9)
+    for _ in range(6):
+        whole.step(*data())
+    ranks = run_ranks(depth, body)
+    assert all(same(one, other) for one, other in ranks)
+    assert same([p for one, _ in ranks for p in one], parameters(whole.pipeline))
+
+
+def test_a_live_pipeline_goes_back_bitwise() -> None:
+    """With the optimizer that saved; what is loaded is a copy, and is told before the next step."""
+    optimizer = GD(here(activations="int4:round=stochastic", gradients="int4"), 1e-2)
+    for _ in range(2):
+        optimizer.step(*data())
+    state, start = optimizer.state_dict(), parameters(optimizer.pipeline)
+    ends = []
+    for _ in range(2):
+        places = [p for stage in optimizer.pipeline.stages for p in stage.parameters]
+        with torch.no_grad():
+            for place, saved in zip(places, start, strict=True):
+                place.copy_(saved)
+        optimizer.load_state_dict(state)
+        assert optimizer.state_dict() == state
+        for _ in range(2):
+            optimizer.step(*data())
+        ends.append(parameters(optimizer.pipeline))
+    assert same(*ends)
+
+
+def test_a_state_without_hops_loads() -> None:
+    """As it was saved before they were in it: where nothing is random, bitwise as ever."""
+    assert same(*resume(lambda: Nesterov(here(), 1e-2), old=True))
+    assert same(*resume(lambda: GD(here(activations="int8"), 1e-2), old=True))
+    random = {"activations": "int4:round=stochastic"}
+    assert not same(*resume(lambda: GD(here(**random), 1e-2), old=True))
+
+
+@pytest.mark.parametrize(
+    ("saved", "told"),
+    [
+        ({}, "the state is of the coded hops \\[\\], allowed: \\['activations of stage 0', "),
+        ({"activations": "int8"}, "activations of stage 0: the state is of scheme 'int8"),
+        ({"activations": "int4", "gradients": "int4"}, "coded hops .*gradients of stage 1"),
+    ],
+)
+def test_a_state_of_other_hops_is_refused_and_changes_nothing(
+    saved: dict[str, Any], told: str
+) -> None:
+    other, mine = Nesterov(here(**saved), 1e-2), Nesterov(here(activations="int4"), 1e-2)
+    other.step(*data())
+    before = mine.state_dict()
+    with pytest.raises(ValueError, match=told):
+        mine.load_state_dict(other.state_dict())
+    after = mine.state_dict()
+    assert [after[one] for one in ("steps", "hops", "lambda")] == [0, before["hops"], 0.0]
+    assert all(same(ones, after["y"][stage]) for stage, ones in before["y"].items())
+
+
+def test_a_state_with_a_hop_that_is_none_is_refused_before_a_step() -> None:
+    optimizer = GD(here(activations="int4"), 1e-2)
+    optimizer.step(*data())
+    state = optimizer.state_dict()
+    state["hops"]["activations of stage 2"]["boundary"] = {}
+    with pytest.raises(ValueError, match="no state of a compressor"):
+        GD(here(activations="int4"), 1e-2).load_state_dict(state)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from commlib.optim import EASGD, Center, Link, Server, connect
+from commlib.optim import (
+    EASGD,
+    Add,
+    Averaged,
+    Center,
+    Downpour,
+    Link,
+    Momentum,
+    Node,
+    Server,
+    connect,
+)
 from commlib.optim.center import Kind, Message
 from tests.processes import Pool
 
@@ -134,6 +145,32 @@ def test_other_parameters_are_refused_and_nothing_else(served: Any) -> None:
     good.push(torch.ones(N))
     good.pull()
     assert center.version == 1
+
+
+def test_a_worker_is_told_how_its_centre_adds(store: Any) -> None:
+    """So it refuses, before it has sent anything, a rule by which nothing would be conserved."""
+    x = nn.Parameter(torch.zeros(N))
+    sgd = torch.optim.SGD([x], lr=0.1)
+    centers = [Center(named(), rule=rule) for rule in (Momentum(0.9), Averaged(Add()))]
+    with (
+        Server(centers[0], store, name="momentum", timeout=30.0),
+        Server(centers[1], store, name="added", timeout=30.0),
+    ):
+        link = connect(store, [("x", x)], "w", name="momentum", timeout=20.0)
+        with pytest.raises(ValueError, match="EASGD: the rule of its centre does not add"):
+            EASGD(sgd, link, moving_rate=0.3)
+        with pytest.raises(ValueError, match="Downpour: period is 2: the rule"):
+            Downpour(sgd, link, period=2)
+        Downpour(sgd, link, period=1)
+        again = connect(store, [("x", x)], "w", name="momentum", state=link.state_dict())
+        with pytest.raises(ValueError, match="Node: the rule of its centre does not add"):
+            Node(Center([("x", x)]), again, 0.5, 1)
+        again.close()
+        other = connect(store, [("x", x)], "w", name="added", timeout=20.0)
+        EASGD(sgd, other, moving_rate=0.3)
+        Downpour(sgd, other, period=2)
+        other.close()
+    assert [center.version for center in centers] == [0, 0]
 
 
 def test_what_is_no_message_ends_the_link(served: Any) -> None:
