@@ -6,6 +6,7 @@ import json
 import math
 import os
 from dataclasses import fields
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -98,6 +99,19 @@ def test_median_interval_is_the_sign_test() -> None:
     assert six == (3.5, 1.0, 6.0)
     twenty = median_interval([float(i) for i in range(1, 21)])
     assert (twenty.low, twenty.high) == (6.0, 15.0)
+
+
+@pytest.mark.parametrize("n", [10, 100, 1029, 1030, 2000])
+def test_the_interval_is_the_widest_whose_tails_hold_a_fortieth(n: int) -> None:
+    found = median_interval([float(i) for i in range(1, n + 1)])
+    assert found.low is not None
+    assert found.low + found.high == n + 1
+    assert found.median == (n + 1) / 2
+
+    def below(k: int) -> Fraction:
+        return Fraction(sum(math.comb(n, i) for i in range(k)), 2**n)
+
+    assert below(int(found.low)) <= Fraction(1, 40) < below(int(found.low) + 1)
 
 
 def test_below_six_rounds_there_is_no_interval() -> None:
