@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from dataclasses import fields
 from fractions import Fraction
 from functools import partial
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from commlib.benchmark import line
 from commlib.benchmark.codecs import CodecBench
 from commlib.benchmark.codecs import run as run_codecs
-from commlib.benchmark.collectives import Bench, _rows, sizes_between
+from commlib.benchmark.collectives import Bench, _measure, _rows, sizes_between
 from commlib.benchmark.contestants import (
     COLLECTIVES,
     OPS,
@@ -305,6 +306,38 @@ def test_only_ranks_that_share_hosts_count_an_interface(pool: Pool) -> None:
     assert pool.run(lines, "abc", ranks=3) == [[Line(3)] * 3] * 3
     assert pool.run(lines, "aaa", ranks=3) == [[Line(1)] * 3] * 3
     assert unknown.sent() == 0
+
+
+def counted(file: str) -> list[int | None]:
+    """What two contestants sent, where the file is as long as what the host of all ranks sent."""
+    rank = dist.get_rank()
+
+    def sent(_: str) -> int:
+        time.sleep(0.05 * rank)  # the later a rank looks, the more others could have sent
+        return Path(file).stat().st_size
+
+    def send() -> None:
+        with Path(file).open("ab") as host:
+            host.write(b"x" * 100)
+
+    def nothing() -> None:
+        pass
+
+    players = [
+        Contestant(name, "gloo", run, lambda: 0, checked=False)
+        for name, run in (("noop", nothing), ("a sender", send))
+    ]
+    buffers = Buffers("all_reduce", 64, rank, dist.get_world_size(), seed=0)
+    with patch.object(line, "sent_bytes", sent):
+        bench = Bench("all_reduce", (), (64,), iters=3)
+        return _measure(bench, Line(2, True, "eth7"), buffers, players, False)[2]
+
+
+@pytest.mark.processes
+def test_a_host_sent_what_its_ranks_did_and_nothing_of_the_next(pool: Pool, tmp_path: Path) -> None:
+    file = tmp_path / "host"
+    file.touch()
+    assert pool.run(counted, str(file), ranks=3) == [[0, 300]] * 3
 
 
 @pytest.mark.parametrize(
