@@ -102,6 +102,7 @@ def test_a_larger_alpha_spends_fewer_bytes(capsys: pytest.CaptureFixture[str]) -
     ("words", "expected"),
     [
         (("--schemes", "int2+ef,int99"), "int99"),
+        (("--schemes", ","), "--schemes: ',' is an empty list"),
         (("--schemes", "int2+ef"), "--default int4+ef is not among"),
         (("--default", "ternary+ef"), "ternary"),
         (("--alpha", "0"), "not a number above 0"),
