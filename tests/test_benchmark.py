@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from dataclasses import fields
 from fractions import Fraction
@@ -16,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from bench import show
 from commlib.benchmark import line
 from commlib.benchmark.codecs import CodecBench
 from commlib.benchmark.codecs import run as run_codecs
@@ -45,6 +47,7 @@ from commlib.policy import Policy, Rule, Scheme
 from commlib.threads import ThreadTransport, run_ranks
 from tests.processes import Pool
 
+RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results"
 SCHEMA = {
     "op", "scheme", "backend", "ranks", "size_bytes", "wire_bytes", "ms_p50", "ms_p80",
     "algbw_GBps", "busbw_GBps", "rel_err", "speedup", "link", "device", "versions", "commit",
@@ -358,6 +361,37 @@ def test_wire_efficiency_is_of_what_leaves_a_host(
 def test_json_never_holds_a_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_jsonl(tmp_path / "rows.jsonl", [row(rel_err=math.nan)])
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.jsonl")), ids=lambda file: file.stem)
+def test_rows_of_every_bench_are_shown(file: Path) -> None:
+    rows = show.read(file)
+    text = show.markdown(rows)
+    assert rows
+    for row in rows:
+        assert show.conditions(row) in text
+        if isinstance(row, dict):
+            about = row.get("experiment", row)
+            for name in ("method", "scheme", "what", "codec", "fault", "call"):
+                assert str(about.get(name, "")).replace("|", "\\|") in text
+        else:
+            assert row.scheme in text
+
+
+def test_rows_of_other_benches_are_shown_with_all_they_tell(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    about = {"device": "a CPU", "versions": {"torch": "2.13"}, "commit": "abc", "bench": "b"}
+    rows = [
+        {"method": "rotate|int4", "loss": 0.1234567, "setting": {"seeds": 3, "losses": [1]}},
+        {"method": "plain", "loss": 2, "passed": True, "note": "", "setting": {"seeds": 3}},
+    ]
+    file.write_text("".join(json.dumps({**row, **about}) + "\n" for row in rows))
+    head, same, *lines = show.markdown(show.read(file)).replace("\n\n", "\n").splitlines()
+    assert head == "a CPU; torch 2.13, commit abc"
+    assert same == "setting.seeds: 3; bench: b"
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    assert cells[0] == ["method", "loss", "passed"]
+    assert cells[2:] == [["rotate\\|int4", "0.12346", "-"], ["plain", "2", "True"]]
 
 
 def test_codec_rows_are_measured_on_the_shipped_codecs() -> None:
