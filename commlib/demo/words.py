@@ -10,7 +10,7 @@ def words(text: str) -> tuple[str, ...]:
     found = tuple(word.strip() for word in text.split(",") if word.strip())
     if not found:  # else a default would run in its place, or nothing
         raise argparse.ArgumentTypeError(
-            f"{text!r} is an empty list: give one word or more, comma-separated, or leave it out"
+            f"{text!r} is an empty list: give one word or more, comma-separated"
         )
     return found
 
