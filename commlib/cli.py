@@ -332,7 +332,12 @@ def _checked(parse: Callable[[str], T]) -> Callable[[str], T]:
 
 
 def _each(parse: Callable[[str], str]) -> Callable[[str], tuple[str, ...]]:
-    return lambda text: tuple(parse(word.strip()) for word in text.split(",") if word.strip())
+    def each(text: str) -> tuple[str, ...]:
+        from .demo.words import words
+
+        return tuple(map(parse, words(text)))
+
+    return each
 
 
 @_checked
@@ -357,11 +362,10 @@ def _rate(text: str) -> str:
     return text
 
 
-@_checked
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise ValueError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+    from .demo.words import positive
+
+    return positive(text)
 
 
 def _above_zero(text: str) -> float:

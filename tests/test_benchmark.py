@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import time
 from dataclasses import fields
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -14,10 +17,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from bench import show
 from commlib.benchmark import line
 from commlib.benchmark.codecs import CodecBench
 from commlib.benchmark.codecs import run as run_codecs
-from commlib.benchmark.collectives import Bench, _rows, sizes_between
+from commlib.benchmark.collectives import Bench, _measure, _rows, sizes_between
 from commlib.benchmark.contestants import (
     COLLECTIVES,
     OPS,
@@ -43,6 +47,7 @@ from commlib.policy import Policy, Rule, Scheme
 from commlib.threads import ThreadTransport, run_ranks
 from tests.processes import Pool
 
+RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results"
 SCHEMA = {
     "op", "scheme", "backend", "ranks", "size_bytes", "wire_bytes", "ms_p50", "ms_p80",
     "algbw_GBps", "busbw_GBps", "rel_err", "speedup", "link", "device", "versions", "commit",
@@ -98,6 +103,19 @@ def test_median_interval_is_the_sign_test() -> None:
     assert six == (3.5, 1.0, 6.0)
     twenty = median_interval([float(i) for i in range(1, 21)])
     assert (twenty.low, twenty.high) == (6.0, 15.0)
+
+
+@pytest.mark.parametrize("n", [10, 100, 1029, 1030, 2000])
+def test_the_interval_is_the_widest_whose_tails_hold_a_fortieth(n: int) -> None:
+    found = median_interval([float(i) for i in range(1, n + 1)])
+    assert found.low is not None
+    assert found.low + found.high == n + 1
+    assert found.median == (n + 1) / 2
+
+    def below(k: int) -> Fraction:
+        return Fraction(sum(math.comb(n, i) for i in range(k)), 2**n)
+
+    assert below(int(found.low)) <= Fraction(1, 40) < below(int(found.low) + 1)
 
 
 def test_below_six_rounds_there_is_no_interval() -> None:
@@ -293,6 +311,38 @@ def test_only_ranks_that_share_hosts_count_an_interface(pool: Pool) -> None:
     assert unknown.sent() == 0
 
 
+def counted(file: str) -> list[int | None]:
+    """What two contestants sent, where the file is as long as what the host of all ranks sent."""
+    rank = dist.get_rank()
+
+    def sent(_: str) -> int:
+        time.sleep(0.05 * rank)  # the later a rank looks, the more others could have sent
+        return Path(file).stat().st_size
+
+    def send() -> None:
+        with Path(file).open("ab") as host:
+            host.write(b"x" * 100)
+
+    def nothing() -> None:
+        pass
+
+    players = [
+        Contestant(name, "gloo", run, lambda: 0, checked=False)
+        for name, run in (("noop", nothing), ("a sender", send))
+    ]
+    buffers = Buffers("all_reduce", 64, rank, dist.get_world_size(), seed=0)
+    with patch.object(line, "sent_bytes", sent):
+        bench = Bench("all_reduce", (), (64,), iters=3)
+        return _measure(bench, Line(2, True, "eth7"), buffers, players, False)[2]
+
+
+@pytest.mark.processes
+def test_a_host_sent_what_its_ranks_did_and_nothing_of_the_next(pool: Pool, tmp_path: Path) -> None:
+    file = tmp_path / "host"
+    file.touch()
+    assert pool.run(counted, str(file), ranks=3) == [[0, 300]] * 3
+
+
 @pytest.mark.parametrize(
     ("where", "left", "efficiency"),
     [(Line(2), None, 0.5), (Line(1, True), None, None), (Line(2, True, "eth7"), 1000, 0.8)],
@@ -311,6 +361,37 @@ def test_wire_efficiency_is_of_what_leaves_a_host(
 def test_json_never_holds_a_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_jsonl(tmp_path / "rows.jsonl", [row(rel_err=math.nan)])
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.jsonl")), ids=lambda file: file.stem)
+def test_rows_of_every_bench_are_shown(file: Path) -> None:
+    rows = show.read(file)
+    text = show.markdown(rows)
+    assert rows
+    for row in rows:
+        assert show.conditions(row) in text
+        if isinstance(row, dict):
+            about = row.get("experiment", row)
+            for name in ("method", "scheme", "what", "codec", "fault", "call"):
+                assert str(about.get(name, "")).replace("|", "\\|") in text
+        else:
+            assert row.scheme in text
+
+
+def test_rows_of_other_benches_are_shown_with_all_they_tell(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    about = {"device": "a CPU", "versions": {"torch": "2.13"}, "commit": "abc", "bench": "b"}
+    rows = [
+        {"method": "rotate|int4", "loss": 0.1234567, "setting": {"seeds": 3, "losses": [1]}},
+        {"method": "plain", "loss": 2, "passed": True, "note": "", "setting": {"seeds": 3}},
+    ]
+    file.write_text("".join(json.dumps({**row, **about}) + "\n" for row in rows))
+    head, same, *lines = show.markdown(show.read(file)).replace("\n\n", "\n").splitlines()
+    assert head == "a CPU; torch 2.13, commit abc"
+    assert same == "setting.seeds: 3; bench: b"
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    assert cells[0] == ["method", "loss", "passed"]
+    assert cells[2:] == [["rotate\\|int4", "0.12346", "-"], ["plain", "2", "True"]]
 
 
 def test_codec_rows_are_measured_on_the_shipped_codecs() -> None:

@@ -220,6 +220,13 @@ def test_a_loss_run_of_coded_momentum_begins_as_plain(
         (["--bucket-mb", "-3"], "'-3' is not a number above 0"),
         (["--loss", "--schemes", "ternary+ef"], "diverges"),
         (["--loss", "--optimizers", "lamb"], "adamw, sgd"),
+        (["--schemes", ""], "--schemes: '' is an empty list: give one word or more"),
+        (["--loss", "--steps", ","], "--steps: ',' is an empty list"),
+        (["--loss", "--steps", "60,\u00b2"], "'\u00b2' is not a whole number"),
+        (["--loss", "--optimizers", " , "], "--optimizers: ' , ' is an empty list"),
+        (["--target", "nan"], "--target: 'nan' is not a finite number"),
+        (["--target", "inf"], "--target: 'inf' is not a finite number"),
+        (["--target", "low"], "--target: 'low' is not a finite number"),
     ],
 )
 def test_bad_words_are_refused(

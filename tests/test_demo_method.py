@@ -65,6 +65,8 @@ def test_rows_and_picture(tmp_path: Path) -> None:
         (["--method=easgd", "--rate", "20furlongs"], "20furlongs"),
         (["--method", "easgd", "--target", "300"], "--target 300 is above --steps 200"),
         (["--method", "easgd", "--period", "0"], "not a whole number"),
+        (["--method="], "--method: '' is an empty list"),
+        (["--method", "easgd", "--rate", ","], "--rate: ',' is an empty list"),
         (["--method", "easgd", "--json", "/nowhere/rows.jsonl"], "/nowhere"),
     ],
 )

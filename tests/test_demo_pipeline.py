@@ -189,6 +189,7 @@ def test_loss_rows_are_paired_by_seed() -> None:
     ("words", "complaint"),
     [
         (["--schemes", "int9"], "int9"),
+        (["--schemes", ","], "--schemes: ',' is an empty list"),
         (["--schemes", "int4+lep"], "does not take +lep"),
         (["--rate", "fast"], "is not a line rate"),
         (["--stages", "5"], "2 to 4"),

@@ -305,6 +305,63 @@ def test_ranks_that_cannot_talk_are_a_fault(
     assert "FAULT  gloo rate: two ranks over lo" in capsys.readouterr().out
 
 
+JOB = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "text"),
+    [
+        ({}, Status.WARN, "one rank sends nothing, so there is nothing to measure"),
+        ({"MASTER_ADDR": None}, Status.FAULT, "also needs MASTER_ADDR\n"),
+        ({"RANK": "x"}, Status.FAULT, "RANK=x is not a whole number"),
+        ({"MASTER_PORT": ""}, Status.FAULT, "also needs MASTER_PORT\n"),
+        (
+            {"WORLD_SIZE": None, "MASTER_ADDR": None, "MASTER_PORT": None},
+            Status.FAULT,
+            "also needs WORLD_SIZE, MASTER_ADDR, MASTER_PORT\n",
+        ),
+        ({"WORLD_SIZE": "two"}, Status.FAULT, "WORLD_SIZE=two is not a whole number"),
+        ({"MASTER_PORT": "\u00b2"}, Status.FAULT, "MASTER_PORT=\u00b2 is not a whole number"),
+        ({"WORLD_SIZE": "0"}, Status.FAULT, "RANK=0 is not below WORLD_SIZE=0"),
+    ],
+)
+def test_a_job_that_cannot_be_measured_is_told_before_it_is_joined(
+    changes: dict[str, str | None],
+    status: Status,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in {**JOB, **changes}.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr(doctor, "CHECKS", ())
+    assert doctor.run() == (status is Status.FAULT)
+    out = capsys.readouterr().out
+    assert out.startswith(f"{status}")
+    assert text in out
+    assert "unset RANK" in out
+    assert doctor.run(as_json=True) == (status is Status.FAULT)
+    report = json.loads(capsys.readouterr().out)
+    assert [finding["status"] for finding in report["findings"]] == [status]
+    assert report["probe"] is None
+
+
+def test_a_job_that_torch_refuses_is_a_fault(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def probe() -> Probe:
+        raise ValueError("unknown backend")
+
+    assert network.obstacle({}) is network.obstacle({**JOB, "WORLD_SIZE": "2"}) is None
+    monkeypatch.setattr(doctor, "CHECKS", ())
+    monkeypatch.setattr(network, "probe", probe)
+    assert doctor.run(as_json=True) == 1
+    assert json.loads(capsys.readouterr().out)["findings"][0]["found"] == "unknown backend"
+
+
 @pytest.mark.bench
 def test_two_real_ranks_measure_this_host(capsys: pytest.CaptureFixture[str]) -> None:
     assert "RANK" not in os.environ

@@ -102,6 +102,7 @@ def test_a_larger_alpha_spends_fewer_bytes(capsys: pytest.CaptureFixture[str]) -
     ("words", "expected"),
     [
         (("--schemes", "int2+ef,int99"), "int99"),
+        (("--schemes", ","), "--schemes: ',' is an empty list"),
         (("--schemes", "int2+ef"), "--default int4+ef is not among"),
         (("--default", "ternary+ef"), "ternary"),
         (("--alpha", "0"), "not a number above 0"),
@@ -121,6 +122,20 @@ def test_what_is_refused(
         main(["plan", *words])
     assert stop.value.code == 2
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.bench
+def test_one_candidate_loses_what_it_loses(tmp_path: Path) -> None:
+    def errors(*schemes: str) -> dict[str, float]:
+        file = tmp_path / "rows.jsonl"
+        words = ["plan", "--model", "small", "--step", "1", "--ranks", "2", "--json", str(file)]
+        assert main([*words, "--schemes", ",".join(schemes)]) == 0
+        rows = map(json.loads, file.read_text().splitlines())
+        return {row["scheme"]: row["error"] for row in rows if row["op"] == "plan total"}
+
+    alone, one_of_two = errors("int4+ef"), errors("int4+ef", "int8+ef")
+    assert alone["int4+ef"] == alone["plan"] == pytest.approx(one_of_two["int4+ef"], rel=1e-3)
+    assert alone["int4+ef"] > 0 == alone["fp32"]
 
 
 @pytest.mark.bench

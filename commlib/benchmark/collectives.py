@@ -165,8 +165,8 @@ def _measure(
         disable=None if progress else True,  # None: only on a terminal
     )
     local = [_turn(buffers, c, line) for _ in bar for c in players]
-    dist.barrier()
-    counts = [count for _, count in local] + [line.sent()]
+    counts = [count for _, count in local] + [_count(line)]
+    dist.barrier()  # what is told below is no contestant's
     flat, n = _worst([seconds for seconds, _ in local]), len(players)
     # from one barrier to the next: when this rank is done, others of its host may still send
     left = _worst([float(b - a) for a, b in pairwise(counts)])
@@ -179,12 +179,24 @@ def _turn(buffers: Buffers, contestant: Contestant, line: Line) -> tuple[float, 
     """Seconds of one run, and what had left this host before it."""
     buffers.reset()
     buffers.settle()
-    dist.barrier()
-    before = line.sent()
+    before = _count(line)
+    dist.barrier()  # no rank begins before all have counted
     start = time.perf_counter()
     contestant.run()
     buffers.settle()
     return time.perf_counter() - start, before
+
+
+def _count(line: Line) -> int:
+    """What has left this host now that all ranks are done; a barrier must come before they go on.
+
+    Without that a rank late to leave this one's barrier would count what others of its host have
+    begun to send.
+    """
+    if line.interface is None:  # on all ranks alike
+        return 0
+    dist.barrier()
+    return line.sent()
 
 
 def _relative_error(buffers: Buffers, places: torch.Tensor, exact: torch.Tensor) -> float:

@@ -55,11 +55,13 @@ def median_interval(values: Sequence[float]) -> Ratio:
         raise ValueError("interval of no values")
     if n < MIN_ROUNDS:
         return Ratio(percentile(ordered, 50), None, None)
-    k, tail = 0, 0.0
+    # in whole numbers: of 1030 values and more, the counts are beyond a float
+    k, ways, tail = 0, 1, 0  # ways: n over k; tail: their sum up to k
     while k < (n - 1) // 2:
-        tail += math.comb(n, k) * 0.5**n
-        if tail > 0.025:
+        tail += ways
+        if 40 * tail > 1 << n:
             break
+        ways = ways * (n - k) // (k + 1)
         k += 1
     return Ratio(percentile(ordered, 50), ordered[k - 1], ordered[n - k])
 

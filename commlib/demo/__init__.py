@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..benchmark.units import parse_output
-from .words import above_zero, numbers, positive, rate, words
+from .words import above_zero, finite, numbers, positive, rate, words
 
 if TYPE_CHECKING:
     from .train import Config, Run
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     add("--round", type=positive, default=5, metavar="N", help="steps in a turn (5)")
     add("--bucket-mb", type=above_zero, default=3.0, metavar="MB",
         help="bucket_cap_mb of every DDP (3)")  # fmt: skip
-    add("--target", type=float, metavar="LOSS", help="time to this held-out loss (default: the "
+    add("--target", type=finite, metavar="LOSS", help="time to this held-out loss (default: the "
         "highest final loss of all methods)")  # fmt: skip
     add("--link", help=argparse.SUPPRESS)
     loss = top.add_argument_group("with --loss")

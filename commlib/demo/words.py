@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 
 def words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
+    found = tuple(word.strip() for word in text.split(",") if word.strip())
+    if not found:  # else a default would run in its place, or nothing
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is an empty list: give one word or more, comma-separated"
+        )
+    return found
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -18,9 +24,19 @@ def whole(text: str) -> int:
 
 
 def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
 
 
 def above_zero(text: str) -> float:

@@ -45,7 +45,7 @@ def run(*, probe: bool = True, as_json: bool = False) -> int:
     As JSON it is rank 0's; what is not well on others goes to stderr.
     """
     rank = os.environ.get("RANK")
-    first = rank in (None, "0")
+    first = rank is None or not rank.isdecimal() or int(rank) == 0  # no number: nobody else tells
     findings: list[Finding] = []
 
     def tell(finding: Finding) -> None:
@@ -74,9 +74,13 @@ def run(*, probe: bool = True, as_json: bool = False) -> int:
 
 
 def _measured(tell: Callable[[Finding], None]) -> Probe | None:
+    obstacle = network.obstacle(os.environ)
+    if obstacle is not None:
+        tell(obstacle)
+        return None
     try:
         measured = network.probe()
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:  # ValueError: torch's own
         tell(
             fault(
                 "gloo rate",

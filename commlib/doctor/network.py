@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 PROBE_BYTES = 16 << 20  # one exchange: enough that latency is nothing of it
 PROBE_ROUNDS = 5
 PROBE_SECONDS = 120.0
+JOB = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torch takes a job's group from
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,32 @@ def judge(probe: Probe, speed: float | None, *, same_host: bool) -> Iterator[Fin
         yield warn(what, found, "less than half of the line: another interface, or a busy network?")
     else:
         yield ok(what, found)
+
+
+def obstacle(variables: Mapping[str, str]) -> Finding | None:
+    """Why the job that these variables are of cannot be measured; None: it can, or there is none.
+
+    RANK says that there is a job.
+    """
+    if "RANK" not in variables:
+        return None
+    what, alone = "gloo rate", "or unset RANK to measure two ranks of this host"
+    missing = [name for name in JOB if not variables.get(name)]
+    if missing:
+        found = f"RANK={variables['RANK']} is a job's, which also needs {', '.join(missing)}"
+        return fault(what, found, f"set {', '.join(JOB)} (torchrun does), {alone}")
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not variables[name].isdecimal():
+            found = f"{name}={variables[name]} is not a whole number of at least 0"
+            return fault(what, found, f"set it as torchrun does, {alone}")
+    rank, size = int(variables["RANK"]), int(variables["WORLD_SIZE"])
+    if rank >= size:
+        found = f"RANK={rank} is not below WORLD_SIZE={size}"
+        return fault(what, found, f"number the ranks from 0, {alone}")
+    if size == 1:
+        found = "WORLD_SIZE=1: one rank sends nothing, so there is nothing to measure"
+        return warn(what, found, f"start it on every rank of the job, {alone}")
+    return None
 
 
 def probe() -> Probe:

@@ -65,10 +65,11 @@ class Errors:
         )
 
     def add(self, name: str, gradient: torch.Tensor) -> None:
-        """Measure one gradient. What no choice depends on (vectors, small ones) is not coded."""
+        """Measure one gradient. What can only go exactly (vectors, small ones) is not coded."""
         row = self.table[self._rows[name]]
         possible = candidates(self.infos[name], self.schemes)
-        if len(possible) == 1:
+        # by names and schemes alone, so that ranks measure alike
+        if len(possible) == 1 and Scheme.parse(possible[0]).lossless:
             return
         gradient, times = _sampled(gradient.detach().reshape(-1), self._sample)
         for place, text in enumerate(self.schemes):

@@ -89,6 +89,20 @@ def test_a_scheme_that_is_no_candidate_of_a_tensor_leaves_the_row_in_order() -> 
     assert layer.errors[1] == squared_error(x, Scheme.parse("int8+ef")).item()
 
 
+def test_what_has_one_lossy_candidate_loses_something_too() -> None:
+    table = measured(("int4+ef",))
+    w, norm, small, unused = table.layers("int4+ef")
+    assert w.schemes == ("int4+ef",)
+    expected = squared_error(gradients()["w"].flatten(), Scheme.parse("int4+ef")).item()
+    assert w.errors == (expected,)
+    assert expected > 0
+    assert norm.errors == small.errors == unused.errors == (0.0,)
+    assert not table.table[[1, 2]].any()  # exact: not even its energy
+    # the budget of the others is what it was: the layer spends what it brings
+    made = plan(table.layers("int4+ef"))
+    assert made.error == made.budget == expected
+
+
 def test_a_gradient_that_is_not_finite_is_no_table() -> None:
     table = Errors(infos(), CANDIDATES)
     x = data(0, 4096)
