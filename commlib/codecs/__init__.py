@@ -132,9 +132,9 @@ def _made(text: str, table: Mapping[str, Callable[..., Codec]], what: str) -> Co
 
 
 def _value(text: str) -> int | float | str:
-    if text.lstrip("-").isdigit():
+    if re.fullmatch(r"-?[0-9]+", text):
         return int(text)
-    return float(text) if re.fullmatch(r"-?\d*\.?\d+(e-?\d+)?", text) else text
+    return float(text) if re.fullmatch(r"-?[0-9]*\.?[0-9]+(e-?[0-9]+)?", text) else text
 
 
 def _hint(got: str, allowed: Iterable[str]) -> str:

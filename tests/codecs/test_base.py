@@ -78,6 +78,8 @@ def test_rounding_is_chosen_once() -> None:
         ("int4:block=16", "block=16"),
         ("int4:block=8192", "block=8192"),
         ("int4:block=tensor", "block='tensor'"),
+        ("int4:block=²", "block='²'; allowed: multiples"),
+        ("int4:block=--32", "block='--32'; allowed: multiples"),
         ("fp8:block=-32", "block=-32"),
         ("sign:block=33", r'block=33; allowed: .* or "tensor"'),
         ("int4:round=up", "round='up'; allowed: nearest, stochastic"),
