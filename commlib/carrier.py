@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -122,9 +122,9 @@ class Carrier:
             except (RuntimeError, OSError) as error:
                 raise self.fail(error, [], "connecting groups of ranks") from error
 
-    def in_turn(self) -> None:
-        """Return when an exchange may go straight to the transport: all earlier messages have."""
-        self._runner.in_turn()
+    def in_turn(self, what: str) -> AbstractContextManager[None]:
+        """A block for exchanges straight on the transport: all earlier messages are posted."""
+        return self._runner.in_turn(what)
 
     def flush(self) -> None:
         """Wait until nothing is under way."""
@@ -199,14 +199,16 @@ class Carrier:
                 return None
             self._admit(plan)
             self._number += 1
+            what = f"{plan.op} of key {plan.label!r} (message {self._number})"
             start, before = self._runner.now(), self.transport.bytes_sent
             try:
-                self._runner.in_turn()
-                with span("exchange"):
+                with self._runner.in_turn(what), span("exchange"):
                     self._runner.attend(self.transport.all_reduce(x))
-            except Exception as error:
-                what = f"{plan.op} of key {plan.label!r} (message {self._number})"
-                raise self.fail(error, [], what) from error
+            except BaseException as error:
+                broken = self.fail(error, [], what)
+                if not isinstance(error, Exception):  # Ctrl-C stays what it is
+                    raise
+                raise broken from error
             if factor != 1.0:
                 with writing(x):
                     x.mul_(factor)

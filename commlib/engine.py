@@ -85,7 +85,8 @@ class Engine(Planning):
         self.profile: Profile | None = None  # what "auto" has measured
         if auto and self.size > 1:
             with self._carrier.still():
-                self._carrier.in_turn()
+                with self._carrier.in_turn("measuring the group"):
+                    pass  # its messages take their turns themselves
                 self.profile = measure(self._measured_run, self.transport)
             self.policy = measured_policy(self.profile)
             self.meter.reset()
@@ -221,8 +222,7 @@ class Engine(Planning):
         Measured now; collective, with the same schemes (texts) on all ranks. ValueError for a group
         of one rank.
         """
-        with self._carrier.still():
-            self._carrier.in_turn()
+        with self._carrier.still(), self._carrier.in_turn("measuring the link"):
             link = exchange(self.transport, LINK_BYTES)
         return seconds(Topology(self.size, link), self.speeds(schemes))
 
@@ -242,8 +242,8 @@ class Engine(Planning):
         with self._carrier.still():
             self._carrier.agree({"op": "gather", "key": what, "numel": flat.numel()})
             try:
-                self._carrier.in_turn()
-                self.transport.all_gather(every.view(-1), flat).wait()
+                with self._carrier.in_turn(f"gathering {what}"):
+                    self.transport.all_gather(every.view(-1), flat).wait()
             except (RuntimeError, OSError) as error:
                 raise self._carrier.fail(error, [], f"gathering {what}") from error
         return every

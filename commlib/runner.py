@@ -77,8 +77,8 @@ class Runner(Protocol):
     def submit(self, task: Task) -> None:
         """Carry a task out without keeping the caller."""
 
-    def in_turn(self) -> None:
-        """Return when the caller may post what is matched by order: all earlier messages have."""
+    def in_turn(self, what: str) -> AbstractContextManager[None]:
+        """A block in which the caller may post `what` by order: all earlier messages have."""
 
     def attend(self, pending: Pending) -> None:
         """See to it that an exchange is done before what the caller does next."""

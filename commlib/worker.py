@@ -16,9 +16,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import wait
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ from .work import GiveUp, Work
 DEPTH = 8
 # Seconds between looks at what other ranks have to say, in an exchange that takes long.
 LOOK = 1.0
+# Seconds that a callback's thread gives its own messages while it waits for another thread's.
+GLANCE = 0.01
 
 
 Look = Callable[[], None]
@@ -88,25 +90,27 @@ class Worker:
 
     def submit(self, task: Task) -> None:
         """Queue a task; its Work completes, well or not."""
-        with self._changed:
-            if self._broken is not None:
-                task.work._finish(self._broken)
-                return
-            if not task.lane:
-                task.ticket = self._order.take(self._wake)
-            self._queue.append(task)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._loop, name="commlib", daemon=True)
-                self._thread.start()
-            self._wake()
+        try:
+            with self._changed:
+                if self._broken is not None:
+                    task.work._finish(self._broken)
+                    return
+                if not task.lane:
+                    task.ticket = self._order.take(task.what, self._wake)
+                if self._thread is None:
+                    thread = threading.Thread(target=self._loop, name="commlib", daemon=True)
+                    thread.start()  # may fail, where processes are limited
+                    self._thread = thread
+                self._queue.append(task)
+                self._wake()
+        except RuntimeError as error:
+            self._break(error, task)
 
     def run(self, task: Task) -> None:
         """Carry a task out on the calling thread; only while idle."""
         task.step = Step.READY  # it has started
         try:
-            if not task.lane:
-                self.in_turn()
-            with task.writing:
+            with nullcontext() if task.lane else self.in_turn(task.what), task.writing:
                 drive(task.steps, self._watch if task.lane else self.attend)
         except BaseException as error:
             self._broken = self._fail(error, [task])
@@ -116,14 +120,22 @@ class Worker:
             raise self._broken from error
         task.work._finish()
 
-    def in_turn(self) -> None:
-        """Block until all that was called earlier on the group has issued everything."""
+    @contextmanager
+    def in_turn(self, what: str) -> Iterator[None]:
+        """A block that posts, once all that was called earlier on the group has."""
+        ticket, done = self._order.take(what, lambda: None), False
         end = time.monotonic() + self._timeout
-        self._until(lambda: self._order.clear(0.0))
-        while not self._order.clear(LOOK):
-            if time.monotonic() >= end:
-                raise Timeout(self._timeout, "messages called before this one have not gone out")
-            self._look()
+        try:
+            self._until(lambda: ticket.first)
+            while not ticket.wait(LOOK):
+                self._until(lambda: ticket.first)
+                if time.monotonic() >= end:
+                    raise Timeout(self._timeout, "messages called earlier have not gone out")
+                self._look()
+            yield
+            done = True
+        finally:
+            ticket.give_back(lost=not done)
 
     def attend(self, pending: Pending) -> None:
         """Block until an exchange is done."""
@@ -178,14 +190,14 @@ class Worker:
     def _until(self, done: Callable[[], bool]) -> None:
         """On a worker's thread, in a callback: go on with its messages until `done()`.
 
-        Or until it has none: what is left is then another worker's.
+        Or until it has none: what is left is then another worker's, which does not wake this one.
         """
         here: Worker | None = getattr(_here, "worker", None)
         while here is not None and not done() and not here.idle:
-            if not here._turn():
+            if not here._turn(LOOK if here is self else GLANCE):
                 return
 
-    def _turn(self) -> bool:
+    def _turn(self, patience: float = LOOK) -> bool:
         """Move a message, or wait for news; False when the thread is to end."""
         # An idle thread must not hold on to its last task: that keeps the group alive.
         task: Task | None = None
@@ -201,8 +213,8 @@ class Worker:
             else:
                 with span("wait"), self._changed:
                     task = self._active[0]
-                    quiet = not self._changed.wait_for(lambda: self._news, LOOK)
-                if quiet:  # without the lock: the store may take its time
+                    quiet = not self._changed.wait_for(lambda: self._news, patience)
+                if quiet and patience == LOOK:  # without the lock: the store may take its time
                     self._look()
         except BaseException as error:
             self._break(error, task)
@@ -237,10 +249,10 @@ class Worker:
         task.work._finish()
         return True
 
-    def _release(self, task: Task) -> None:
-        """It has issued everything: others may."""
+    def _release(self, task: Task, *, lost: bool = False) -> None:
+        """It has issued everything: others may. lost: it ends without."""
         if task.ticket is not None:
-            task.ticket.give_back()
+            task.ticket.give_back(lost=lost)
             task.ticket = None
 
     def _arrived(self, task: Task, pending: Pending) -> bool:
@@ -260,9 +272,8 @@ class Worker:
     def _break(self, error: BaseException, task: Task | None) -> None:
         with self._changed:
             tasks = [*self._active, *self._queue]
-        if task in tasks:  # first the one that failed
-            tasks.remove(task)
-            tasks.insert(0, task)
+        if task in tasks or (task is not None and task.step is None):
+            tasks = [task, *(other for other in tasks if other is not task)]  # the one that failed
         try:
             broken = self._fail(error, tasks)
         except BaseException as worse:  # nobody may be left waiting
@@ -274,7 +285,7 @@ class Worker:
             self._queue.clear()
             self._changed.notify_all()
         for other in tasks:
-            self._release(other)
+            self._release(other, lost=True)
             other.work._finish(broken)
 
 

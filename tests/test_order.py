@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -23,17 +26,27 @@ N = 30_000
 
 def test_tickets_come_in_the_order_in_which_they_were_taken() -> None:
     order, woken = Order(), []
-    first, second, third = (order.take(lambda n=n: woken.append(n)) for n in range(3))
+    first, second, third = (order.take("m", lambda n=n: woken.append(n)) for n in range(3))
     assert first.first
     assert not second.first
-    second.give_back()  # of a message that failed
+    second.give_back()  # before its turn: it had nothing to post
     second.give_back()
-    assert not order.clear(0.0)
+    assert not third.wait(0.0)
     first.give_back()
-    assert third.first
+    assert third.wait(0.0)
     assert woken == [0, 2]
-    third.give_back()
-    assert order.clear(0.0)
+
+
+def test_a_message_that_was_left_out_ends_the_order() -> None:
+    order, woken = Order(), []
+    first, second, third = (order.take(f"m{n}", lambda n=n: woken.append(n)) for n in range(3))
+    second.give_back(lost=True)
+    assert woken == [0, 2]
+    for later in (lambda: first.first, lambda: third.wait(1.0), lambda: order.take("m3", print)):
+        with pytest.raises(
+            RuntimeError, match=r"m1 ended before it was all sent.*new process group"
+        ):
+            later()
 
 
 def call(c: Communicator, kind: str, x: torch.Tensor, key: str) -> Any:
@@ -121,6 +134,76 @@ def test_ranks_that_are_in_different_messages_are_told(
         assert f"failed on rank {rank} of 2" in text
         assert "key 'a'" in text
         assert "key 'b'" in text
+
+
+Tried = tuple[str, float]
+"""What a call raised, and what it left of a tensor of ones times something."""
+
+
+def tried(call: Callable[[], object], x: torch.Tensor) -> Tried:
+    try:
+        call()
+    except RuntimeError as error:
+        return str(error), x[0].item()
+    return "", x[0].item()
+
+
+def two() -> tuple[Communicator, Communicator]:
+    """Raw messages' communicators, whose plans are agreed on."""
+    a, b = (Communicator(policy="fp32", timeout=4.0) for _ in range(2))
+    for c in (a, b):
+        c.all_reduce(torch.ones(N), "z", scheme="int8@ring")
+        c.all_reduce(torch.ones(10))
+    return a, b
+
+
+def given_up() -> list[Tried]:
+    """One rank waits for a message for less long than the other is late."""
+    a, b = two()
+    late, x, y = dist.get_rank() == 1, torch.ones(10), torch.ones(10)
+    time.sleep(2.0 if late else 0.0)
+    a.all_reduce(torch.ones(N), "z", scheme="int8@ring", async_op=True)
+    work = a.all_reduce(x, async_op=True)
+    return [
+        tried(lambda: work.wait(None if late else 0.5), x),
+        tried(lambda: b.all_reduce(y), y),
+    ]
+
+
+def interrupted() -> list[Tried]:
+    """Ctrl-C while a raw call waits for its turn: nothing was posted."""
+    a, b = two()
+    x, y = torch.ones(10), torch.ones(10)
+    if dist.get_rank() == 0:
+        with mock.patch.object(Order, "wait", side_effect=KeyboardInterrupt):  # noqa: SIM117
+            with pytest.raises(KeyboardInterrupt):
+                a.all_reduce(x)
+    return [tried(lambda: a.all_reduce(x), x), tried(lambda: b.all_reduce(y), y)]
+
+
+def no_thread() -> list[Tried]:
+    """Where processes are limited: one rank cannot start its thread."""
+    a, b = two()
+    x, y, start = torch.ones(10), torch.ones(10), threading.Thread.start
+
+    def refused(self: threading.Thread) -> None:
+        if self.name == "commlib" and dist.get_rank() == 0:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    with mock.patch.object(threading.Thread, "start", refused):
+        first = tried(lambda: a.all_reduce(x, async_op=True).wait(), x)
+    return [first, tried(lambda: b.all_reduce(y), y)]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("case", [given_up, interrupted, no_thread])
+def test_a_rank_that_leaves_a_message_out_adds_no_other(pool: Pool, case: Any) -> None:
+    """Every call ends in an error, or in what it should."""
+    found = pool.run(case, ranks=2, timeout=60, group_timeout=4.0)
+    for text, value in itertools.chain(*found):
+        assert text or value == 2.0, found
+    assert any(text for text, _ in itertools.chain(*found))
 
 
 def test_tags_come_round_again_only_for_communicators_that_are_done() -> None:

@@ -11,6 +11,7 @@ and NCCL needs no second set of buffers on the device.
 
 from __future__ import annotations
 
+import os
 import weakref
 from typing import Any
 from weakref import WeakSet
@@ -78,7 +79,7 @@ def communicator(
         close_group(opened)
         raise
     # for models that are dropped without close()
-    weakref.finalize(made, _forget, made._carrier, weakref.ref(opened)).atexit = False
+    weakref.finalize(made, _forget, made._carrier, weakref.ref(opened), os.getpid()).atexit = False
     return made
 
 
@@ -94,10 +95,13 @@ def retire(communicator: Communicator) -> None:
         close_group(transport.group)
 
 
-def _forget(carrier: Carrier, opened: weakref.ref[dist.ProcessGroup]) -> None:
-    """Close the channel of a communicator that is gone; nothing of it was under way."""
+def _forget(carrier: Carrier, opened: weakref.ref[dist.ProcessGroup], process: int) -> None:
+    """Close the channel of a communicator that is gone; nothing of it was under way.
+
+    process: whose channel it is. In a child the threads of gloo that would have to end are missing.
+    """
     group = opened()
-    if group is not None and carrier.aborted is None:
+    if group is not None and carrier.aborted is None and os.getpid() == process:
         carrier.close()
         close_group(group)
 

@@ -134,7 +134,7 @@ def scheme_of_its_own() -> str:
 def test_another_scheme(pool: Pool) -> None:
     for rank, text in enumerate(pool.run(scheme_of_its_own, ranks=3)):
         assert f"all_reduce of key 'w' (message 1) failed on rank {rank} of 3" in text
-        assert "scheme digest of rank" in text
+        assert "plan digest of rank" in text
 
 
 # Other programs on this network.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import time
 from typing import Any
 
@@ -248,6 +249,21 @@ def dropped_models_leave_nothing() -> None:
     dist.barrier()
 
 
+def dropped_in_a_child() -> None:
+    """A process that is forked and finds the model there ends as it likes."""
+    model = commlib.wrap(DDP(mlp()), "int8+ef")
+    backward(model, 0)
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        del model
+        gc.collect()
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    backward(model, 1)
+    dist.barrier()
+
+
 def nan_passes_in_one_step() -> None:
     for mode in ({}, {"gradient_as_bucket_view": True}):
         model, plain = commlib.wrap(DDP(mlp(), **mode), "int8+ef"), DDP(mlp())
@@ -308,6 +324,7 @@ def sub_group() -> None:
         (mixed_dtypes, 2),
         (complex_parameters, 2),
         (dropped_models_leave_nothing, 2),
+        (dropped_in_a_child, 2),
         (nan_passes_in_one_step, 2),
         (buffers_stay_exact, 2),
         (sub_group, 3),
