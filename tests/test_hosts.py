@@ -162,7 +162,7 @@ def test_a_killed_rank_is_named(pool: Pool, tagged: bool) -> None:
     for text, seconds, later, state in results[:victim]:
         assert "all_reduce of key 'w'" in text
         assert f"no answer from rank {victim} (process " in text
-        assert "which has ended" in text
+        assert "which has ended" in text, text
         assert seconds < TIMEOUT + 5.0
         assert "takes no more calls" in later
         assert "residuals of w" in state

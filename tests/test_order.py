@@ -109,7 +109,7 @@ def test_calls_in_callbacks(pool: Pool) -> None:
 def another_order(check: str, numels: tuple[int, int]) -> str:
     """Both plans are known; then one rank calls them the other way round."""
     with mock.patch.dict(os.environ, COMMLIB_CHECK=check):
-        c = Communicator(policy=only("int8+ef"), timeout=3.0)
+        c = Communicator(policy=only("int8+ef"), timeout=1.5)
 
     def go(key: str) -> None:
         c.all_reduce(torch.ones(numels["ab".index(key)]), key)
