@@ -15,11 +15,13 @@ import numpy as np
 
 from commlib_kernels.layout import Piece
 from commlib_kernels.numba_cpu import plain, rotation
+from commlib_kernels.numba_cpu.draws import random_words
 from commlib_kernels.numba_cpu.jit import at, floats, loop
 from commlib_kernels.numba_cpu.quick import quick
 from commlib_kernels.numba_cpu.strips import (
     ABSMAX,
     FP32,
+    L2,
     LANES,
     NONE,
     POWER,
@@ -41,9 +43,9 @@ from commlib_kernels.numba_cpu.strips import (
     load,
     load_residual,
     multiply,
-    random_words,
     read_powers,
     read_scales,
+    renew_from,
     same_scale,
     scale_of,
     store,
@@ -174,27 +176,13 @@ def renew(q, nb, width, n, s, table, v, h, carry, omega, unscaled):
                 h[i] = carry * h[i] + omega * (v[i] - value(q[i], s[b], c))
 
 
-@loop
-def renew_from(nb, width, n, s, v, decoded, h, carry, omega):
-    """As `renew`, from what was decoded."""
-    for b in range(nb):
-        o = b * width
-        last = min(o + width, n)
-        if s[b] == f32(0):
-            for i in range(o, last):
-                h[i] = f32(0)
-        elif s[b] == s[b] and carry == f32(0):
-            for i in range(o, last):
-                h[i] = omega * (v[i] - decoded[i])
-        elif s[b] == s[b]:
-            for i in range(o, last):
-                h[i] = carry * h[i] + omega * (v[i] - decoded[i])
-
-
 def emit(
-    a, f, stage, piece, segments, start, nb, width, n, wire, words, g, v, h, r, q, s, lanes
+    a, f, stage, piece, segments, start, nb, width, n, wire, words, g, ahead, v, h, r, q, s, lanes
 ):  # fmt: skip
-    """Add the residual to strip `g`, code it into the wire, renew the residual."""
+    """Add the residual to strip `g`, code it into the wire, renew the residual.
+
+    ahead: address and bytes of the next strip, where that has to come from memory.
+    """
     block, nbits, rule = U(a[BLOCK]), U(a[BITS]), a[RULE]
     kind, table = a[MEMORY_KIND], at(a[TABLE], f32)
     remember = kind != NONE and segments[1, piece[SEGMENT]] == u32(0)
@@ -250,11 +238,12 @@ def emit(
             else:
                 write_scales(s, nb, words, U(piece[SCALE]) // U(2) + start // block)
         if a[STOCHASTIC]:
-            group = position // U(8)
             key = segments[0, piece[SEGMENT]]
-            random_words(r, nb, width, group, u32(a[STEP]), u32(a[RANK]), u32(a[SEED]), key)
+            stream = (position // U(8), u32(a[STEP]), u32(a[RANK]), u32(a[SEED]), key)
+            random_words(r, nb, width, stream, ahead)
         simple = not remember or (not a[ROTATED] and kind == FP32 and f[CARRY] == f32(0))
-        simple = simple and (a[STOCHASTIC] != 0 or rule == ABSMAX)
+        drawn = a[STOCHASTIC] != 0 and (rule == L2 or nbits == U(8))
+        simple = simple and (rule == ABSMAX or drawn)
         if QUICK and simple and (nbits == U(4) or nbits == U(8)) and whole:
             quick(
                 y, nb, width, s, f[LEVELS], a[STOCHASTIC] != 0, r, a[BITS], wire, c, h, remember,
@@ -347,9 +336,10 @@ def quantize(a, f, rows, segments):
                     g = at(a[X] + i64(4) * i64(o), f32)
                 else:
                     load(x32, x16, a[DTYPE], o, n, v)
+                left = min(n, U(piece[NUMEL]) - start - n) * U(4 if a[DTYPE] == FP32 else 2)
                 emit(
                     a, f, stage, piece, segments, start, nb, width, n, wire, words,
-                    g, v, h, r, q, s, lanes,
+                    g, (place(a[X], a[DTYPE], o + n), left), v, h, r, q, s, lanes,
                 )  # fmt: skip
                 start += n
 
@@ -399,7 +389,7 @@ def reduce(a, f, rows, segments):
                 else:
                     emit(
                         a, f, stage, piece, segments, start, nb, width, n, wire, words,
-                        sums, v, h, r, q, s, lanes,
+                        sums, (i64(0), U(0)), v, h, r, q, s, lanes,
                     )  # fmt: skip
                 start += n
 

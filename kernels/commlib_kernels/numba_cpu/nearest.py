@@ -13,7 +13,12 @@ RUN = 4
 """Vectors of bytes that are stored at once."""
 INTEGERS = 1.5 * 2**23
 """Here floats are integers: adding it rounds to nearest even, and the low bits are the code."""
-_BYTES = ir.VectorType(ir.IntType(8), RUN * LANES)
+BYTES = ir.VectorType(ir.IntType(8), RUN * LANES)
+
+
+def pair(builder: Any, low: Any, high: Any) -> Any:
+    """Two nibbles to a byte."""
+    return builder.or_(builder.and_(low, every(15)), builder.shl(high, every(4)))
 
 
 def _make(*, pairs: bool) -> Any:
@@ -31,12 +36,11 @@ def _make(*, pairs: bool) -> Any:
                 y = builder.fmul(builder.load(place, align=4), factor)
                 return builder.bitcast(builder.fadd(y, integers), WORDS)
 
-            def pair(n: int) -> Any:
-                low = builder.and_(code(first, n), every(15))
-                return builder.or_(low, builder.shl(code(second, n), every(4)))
+            def both(n: int) -> Any:
+                return pair(builder, code(first, n), code(second, n))
 
-            words = [pair(n) if pairs else code(first, n) for n in range(RUN)]
-            place = address(context, builder, sig.args[4], out, at, _BYTES)
+            words = [both(n) if pairs else code(first, n) for n in range(RUN)]
+            place = address(context, builder, sig.args[4], out, at, BYTES)
             builder.store(low_bytes(builder, words), place, align=1)
             return context.get_dummy_value()
 

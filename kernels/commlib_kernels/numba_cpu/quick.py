@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from commlib_kernels.numba_cpu.coders import is_coded
+from commlib_kernels.numba_cpu.drawn import drawn_nibbles, drawn_octets
 from commlib_kernels.numba_cpu.jit import SCALARS, bits, floats, inlined, loop, specialise
 from commlib_kernels.numba_cpu.nearest import INTEGERS, RUN, nibbles, octets
 from commlib_kernels.numba_cpu.vectors import LANES
@@ -72,6 +73,7 @@ def keep_nothing(h, i, omega, v, number, s):
 pick: Any = None
 number: Any = None
 put: Any = None
+vectors: Any = None
 remember: Any = None
 BYTES: Any = None
 KEEPS: Any = None
@@ -115,7 +117,6 @@ def _bind(nbits: int, *, stochastic: bool, keeps: bool) -> Any:
 
 
 nearest4_keep, nearest8_keep = (_bind(nbits, stochastic=False, keeps=True) for nbits in (4, 8))
-random4, random8 = (_bind(nbits, stochastic=True, keeps=False) for nbits in (4, 8))
 random4_keep, random8_keep = (_bind(nbits, stochastic=True, keeps=True) for nbits in (4, 8))
 
 
@@ -155,18 +156,46 @@ def nearest8(v, nb, width, s, wire, c):
                 wire[p + i] = u8(0)
 
 
+def random_pass(v, nb, width, s, levels, r, wire, c):
+    """As `one_pass`, drawn, without a residual: by whole vectors."""
+    low, high = i32(-levels), i32(levels)
+    half = width // U(2)
+    whole = half & ~(WHOLE - U(1))
+    for b in range(nb):
+        o, p, w = b * width, c + b * half * U(BYTES), b * half
+        if is_coded(s[b]):
+            inv = f32(1) / s[b]
+            for i in range(U(0), whole, WHOLE):
+                vectors(v, o + i, half, inv, high, r, w + i, wire, p + i)
+            for i in range(whole, half):
+                word = r[w + i]
+                a = pick_stochastic(v[o + i] * inv, word & u32(0xFFFF), low, high)
+                d = pick_stochastic(v[o + half + i] * inv, word >> u32(16), low, high)
+                put(wire, p, i, half, a, d)
+        else:
+            for i in range(half * U(BYTES)):
+                wire[p + i] = u8(0)
+
+
+random4, random8 = (
+    specialise(random_pass, str(nbits), {"vectors": vectors, "put": put, "BYTES": nbits // 4})
+    for nbits, vectors, put in ((4, drawn_nibbles, put4), (8, drawn_octets, put8))
+)
+
+
 @loop
 def quick(v, nb, width, s, levels, stochastic, r, nbits, wire, c, h, keeps, omega):
     """Code, pack and renew in one pass, where there is one.
 
-    To the nearest only where no code exceeds `levels`: where scales are of the absolute maximum.
+    Scales must be of the absolute maximum, or of the norm if stochastic: then no code is far above
+    `levels`, and none of those to the nearest is above them at all.
     """
     if nbits == 4:
         if stochastic:
             if keeps:
                 random4_keep(v, nb, width, s, levels, r, wire, c, h, omega)
             else:
-                random4(v, nb, width, s, levels, r, wire, c, h, omega)
+                random4(v, nb, width, s, levels, r, wire, c)
         elif keeps:
             nearest4_keep(v, nb, width, s, levels, r, wire, c, h, omega)
         else:
@@ -175,7 +204,7 @@ def quick(v, nb, width, s, levels, stochastic, r, nbits, wire, c, h, keeps, omeg
         if keeps:
             random8_keep(v, nb, width, s, levels, r, wire, c, h, omega)
         else:
-            random8(v, nb, width, s, levels, r, wire, c, h, omega)
+            random8(v, nb, width, s, levels, r, wire, c)
     elif keeps:
         nearest8_keep(v, nb, width, s, levels, r, wire, c, h, omega)
     else:

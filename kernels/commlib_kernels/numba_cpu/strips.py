@@ -8,11 +8,11 @@ and every loop simple enough to vectorise. In all functions `v` is the strip in 
 
 import numpy as np
 
-from commlib_kernels.numba_cpu.jit import SCALARS, bits, floats, inlined, loop
+from commlib_kernels.numba_cpu.jit import SCALARS, bits, floats, loop
 from commlib_kernels.scalar import BAD_SCALE, HUGE, NAN, TINY
 
 U = np.uintp
-u8, u16, u32, u64 = np.uint8, np.uint16, np.uint32, np.uint64
+u8, u16, u32 = np.uint8, np.uint16, np.uint32
 f32, f64, i8, i32 = np.float32, np.float64, np.int8, np.int32
 
 FP32, FP16, BF16, INT8, NONE = 0, 1, 2, 3, 4
@@ -32,7 +32,7 @@ RUN = U(4096)
 
 bf16_up, bf16_nearest, bf16_value = SCALARS.bf16_up, SCALARS.bf16_nearest, SCALARS.bf16_value
 fp16_nearest, fp16_value = SCALARS.fp16_nearest, SCALARS.fp16_value
-philox, power_scale = SCALARS.philox, SCALARS.power_scale
+power_scale = SCALARS.power_scale
 
 
 @loop
@@ -221,43 +221,6 @@ def same_scale(scale, nb, s):
         s[b] = scale
 
 
-# ---- random numbers -------------------------------------------------------------------------
-
-
-@inlined
-def put_words(r, o, n8, words):
-    """The four words of a group, each to its own eighth of a block's room."""
-    r[o] = words[0]
-    r[o + n8] = words[1]
-    r[o + U(2) * n8] = words[2]
-    r[o + U(3) * n8] = words[3]
-
-
-@loop
-def random_words(r, nb, width, group, step, rank, seed, key):
-    """Word w of group i of a block to r[block / 2 + w width / 8 + i].
-
-    Its low half serves lane w of the group, its high half lane w + 4. Two blocks at a time: one
-    waits for its multiplications while the other multiplies, an eighth to a sixth faster.
-    """
-    n8, half = width // U(8), width // U(2)
-    paired = nb & ~U(1)
-    for b in range(U(0), paired, U(2)):
-        o, first = b * half, group + b * n8
-        for i in range(n8):
-            g, h = u64(first + i), u64(first + n8 + i)
-            mine = philox(u32(g), u32(g >> u64(32)), step, rank, seed, key)
-            next_ = philox(u32(h), u32(h >> u64(32)), step, rank, seed, key)
-            put_words(r, o + i, n8, mine)
-            put_words(r, o + half + i, n8, next_)
-    if paired < nb:
-        o, first = paired * half, group + paired * n8
-        for i in range(n8):
-            g = u64(first + i)
-            mine = philox(u32(g), u32(g >> u64(32)), step, rank, seed, key)
-            put_words(r, o + i, n8, mine)
-
-
 # ---- residuals ------------------------------------------------------------------------------
 
 
@@ -296,3 +259,20 @@ def store_residual(h16, h8, hs, kind, o, block, nb, width, n, h, s):
                 for i in range(last):
                     y = np.rint(h[start + i] * inv)
                     h8[o + start + i] = i8(min(max(i32(y), i32(-127)), i32(127)))
+
+
+@loop
+def renew_from(nb, width, n, s, v, decoded, h, carry, omega):
+    """As `renew` (kernels.py), from what was decoded."""
+    for b in range(nb):
+        o = b * width
+        last = min(o + width, n)
+        if s[b] == f32(0):
+            for i in range(o, last):
+                h[i] = f32(0)
+        elif s[b] == s[b] and carry == f32(0):
+            for i in range(o, last):
+                h[i] = omega * (v[i] - decoded[i])
+        elif s[b] == s[b]:
+            for i in range(o, last):
+                h[i] = carry * h[i] + omega * (v[i] - decoded[i])
