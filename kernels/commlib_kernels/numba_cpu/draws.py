@@ -4,8 +4,7 @@ A vector holds a word of a counter in each 64-bit lane, of which multiplications
 what the high half holds never matters, and nothing is moved between lanes until the words are kept.
 Even groups and odd ones take turns: each multiplies while the other waits for its product.
 
-Drawing takes as long as reading what is coded. Both are done at once: while numbers are drawn for a
-strip, the memory of the next is asked for.
+Drawing takes as long as reading what is coded. Both are done at once: see ahead.py.
 """
 
 from functools import reduce
@@ -16,12 +15,13 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from commlib_kernels.numba_cpu.jit import SCALARS, at, inlined, loop
-from commlib_kernels.numba_cpu.vectors import address, prefetch, splat
+from commlib_kernels.numba_cpu.ahead import ask
+from commlib_kernels.numba_cpu.jit import SCALARS, inlined, loop
+from commlib_kernels.numba_cpu.vectors import address, splat
 from commlib_kernels.philox import MULTIPLIERS, ROUNDS, WEYL
 
 U = np.uintp
-u8, u32, u64 = np.uint8, np.uint32, np.uint64
+u32, u64 = np.uint32, np.uint64
 
 philox = SCALARS.philox
 
@@ -112,7 +112,7 @@ def random_words(r, nb, width, stream, ahead):
 
     Args:
         stream: (first group, step, rank, seed, key); philox.py.
-        ahead: address and bytes of what will be read next.
+        ahead: the next strip; ahead.py.
     """
     group, step, rank, seed, key = stream
     apart, half = width // U(8), width // U(2)
@@ -120,14 +120,10 @@ def random_words(r, nb, width, stream, ahead):
     alike = high == u32(u64(group + nb * apart) >> u64(32))
     eights = apart & ~U(7) if alike else U(0)
     fours = apart & ~U(3) if alike else U(0)
-    lines, left, asked = at(ahead[0], u8), ahead[1], U(0)
     for b in range(nb):
         o, first = b * half, group + b * apart
         for i in range(U(0), eights, U(8)):
-            if asked < left:  # for as many fp32 elements as get their numbers here
-                for line in range(U(4)):
-                    prefetch(lines, asked + U(64) * line)
-                asked += U(256)
+            ask(ahead, b * width + U(8) * i, U(64))
             draw8(r, o + i, apart, u32(first + i), high, step, rank, seed, key)
         for i in range(eights, fours, U(4)):
             draw4(r, o + i, apart, u32(first + i), high, step, rank, seed, key)

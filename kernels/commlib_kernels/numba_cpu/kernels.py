@@ -17,7 +17,7 @@ from commlib_kernels.layout import Piece
 from commlib_kernels.numba_cpu import plain, rotation
 from commlib_kernels.numba_cpu.draws import random_words
 from commlib_kernels.numba_cpu.jit import at, floats, loop
-from commlib_kernels.numba_cpu.quick import quick
+from commlib_kernels.numba_cpu.quick import quick, spread4
 from commlib_kernels.numba_cpu.strips import (
     ABSMAX,
     FP32,
@@ -179,10 +179,7 @@ def renew(q, nb, width, n, s, table, v, h, carry, omega, unscaled):
 def emit(
     a, f, stage, piece, segments, start, nb, width, n, wire, words, g, ahead, v, h, r, q, s, lanes
 ):  # fmt: skip
-    """Add the residual to strip `g`, code it into the wire, renew the residual.
-
-    ahead: address and bytes of the next strip, where that has to come from memory.
-    """
+    """Add the residual to strip `g`, code it into the wire, renew the residual."""
     block, nbits, rule = U(a[BLOCK]), U(a[BITS]), a[RULE]
     kind, table = a[MEMORY_KIND], at(a[TABLE], f32)
     remember = kind != NONE and segments[1, piece[SEGMENT]] == u32(0)
@@ -247,7 +244,7 @@ def emit(
         if QUICK and simple and (nbits == U(4) or nbits == U(8)) and whole:
             quick(
                 y, nb, width, s, f[LEVELS], a[STOCHASTIC] != 0, r, a[BITS], wire, c, h, remember,
-                f[OMEGA],
+                f[OMEGA], ahead,
             )  # fmt: skip
         else:
             if not FIT:
@@ -272,8 +269,8 @@ def emit(
                     store_residual(h16, h8, hs, kind, place, place_block, nb, width, n, h, s)
 
 
-def collect(a, address, base, piece, start, nb, width, q, s):
-    """Codes (where they are, or in q) and scales of a strip of the payload at byte `base`."""
+def collect(a, address, base, piece, start, nb, width, q, s, packed):
+    """Scales and codes (in q, or where they are) of a strip of the payload at byte `base`."""
     wires, words = at(address, u8), at(address, u16)
     if a[RULE] == UNSCALED:
         same_scale(f32(1), nb, s)
@@ -288,9 +285,9 @@ def collect(a, address, base, piece, start, nb, width, q, s):
     c = base + U(piece[CODE]) + start * U(a[BITS]) // U(8)
     if QUICK and a[BITS] == 8:  # these are the numbers themselves
         q = at(address + i64(c), Q)
-    else:
+    elif not packed:
         unpack(wires, words, c, nb, width, a[BITS], q)
-    return q
+    return q, c
 
 
 @loop
@@ -377,7 +374,7 @@ def reduce(a, f, rows, segments):
                 clear(sums, U(0), nb * width)
                 for rank in range(a[COUNT]):
                     base = U(rank) * U(a[STRIDE])
-                    codes = collect(a, a[WIRES], base, piece, start, nb, width, q, s)
+                    codes, _ = collect(a, a[WIRES], base, piece, start, nb, width, q, s, False)
                     accumulate(codes, nb, width, s, table, sums)
                 if a[ROTATED]:
                     sums = total
@@ -415,7 +412,9 @@ def dequantize(a, f, rows, segments):
         while start < U(piece[NUMEL]):
             nb, width, n = strip(U(piece[NUMEL]), start, U(a[BLOCK]), False)
             o = U(piece[OFFSET]) + start
-            codes = collect(a, a[WIRE], U(0), piece, start, nb, width, q, s)
+            plainly = a[DTYPE] == FP32 and n == nb * width and not a[ADD] and not a[ROTATED]
+            packed = QUICK and a[BITS] == 4 and plainly
+            codes, c = collect(a, a[WIRE], U(0), piece, start, nb, width, q, s, packed)
             if a[ROTATED]:
                 position = U(piece[BASE]) + start
                 spread(codes, nb, width, s, table, y)
@@ -432,7 +431,9 @@ def dequantize(a, f, rows, segments):
                 load(x32, x16, a[DTYPE], o, n, v)
                 accumulate(codes, nb, width, s, table, v)
                 store(x32, x16, a[DTYPE], o, n, v)
-            elif a[DTYPE] == FP32 and n == nb * width and a[RULE] != UNSCALED:
+            elif packed:
+                spread4(at(a[WIRE], u8), c, nb, width, s, at(a[X] + i64(4) * i64(o), f32))
+            elif plainly and a[RULE] != UNSCALED:
                 spread(codes, nb, width, s, table, at(a[X] + i64(4) * i64(o), f32))
             else:
                 spread(codes, nb, width, s, table, v)

@@ -8,17 +8,21 @@ from typing import Any
 
 import numpy as np
 
+from commlib_kernels.numba_cpu.ahead import ask, ask_fp32
 from commlib_kernels.numba_cpu.coders import is_coded
 from commlib_kernels.numba_cpu.drawn import drawn_nibbles, drawn_octets
 from commlib_kernels.numba_cpu.jit import SCALARS, bits, floats, inlined, loop, specialise
 from commlib_kernels.numba_cpu.nearest import INTEGERS, RUN, nibbles, octets
 from commlib_kernels.numba_cpu.vectors import LANES
+from commlib_kernels.scalar import NAN
 
 U = np.uintp
 u8, u32, i8, i32, f32 = np.uint8, np.uint32, np.int8, np.int32, np.float32
 
 uniform = SCALARS.uniform
 WHOLE = U(RUN * LANES)
+ASKED = U(256)
+"""Elements of a block up to which it pays to ask for memory a block at a time."""
 
 
 @inlined
@@ -58,35 +62,27 @@ def put8(wire, p, i, half, a, d):
     wire[p + half + i] = u8(d)
 
 
-@inlined
-def keep(h, i, omega, v, number, s):
-    """The new residual."""
-    h[i] = omega * (v - number * s)
-
-
-@inlined
-def keep_nothing(h, i, omega, v, number, s):
-    """There is no residual."""
-
-
 # Bound below.
 pick: Any = None
 number: Any = None
 put: Any = None
 vectors: Any = None
-remember: Any = None
 BYTES: Any = None
-KEEPS: Any = None
+DRAWN: Any = None
 
 
-def one_pass(v, nb, width, s, levels, r, wire, c, h, omega):
-    """Code a strip of full blocks; elements i and i + width / 2 go together."""
+def keeping_pass(v, nb, width, s, levels, r, wire, c, h, omega, ahead):
+    """Code a strip of full blocks and renew its residual; i and i + width / 2 go together."""
     low, high = i32(-levels), i32(levels)
     half = width // U(2)
     for b in range(nb):
         o = b * width
         p, w = c + b * half * U(BYTES), o // U(2)
         scale = s[b]
+        if width <= ASKED:
+            if not DRAWN:
+                ask(ahead, o, width)
+            ask_fp32(h, nb * width + o, width)
         if is_coded(scale):
             inv = f32(1) / scale
             for i in range(half):
@@ -94,35 +90,34 @@ def one_pass(v, nb, width, s, levels, r, wire, c, h, omega):
                 a = pick(v[o + i] * inv, word & u32(0xFFFF), low, high)
                 d = pick(v[o + half + i] * inv, word >> u32(16), low, high)
                 put(wire, p, i, half, a, d)
-                remember(h, o + i, omega, v[o + i], number(a), scale)
-                remember(h, o + half + i, omega, v[o + half + i], number(d), scale)
+                h[o + i] = omega * (v[o + i] - number(a) * scale)
+                h[o + half + i] = omega * (v[o + half + i] - number(d) * scale)
         else:
             for i in range(half * U(BYTES)):
                 wire[p + i] = u8(0)
-            if KEEPS and scale == f32(0):
+            if scale == f32(0):
                 for i in range(width):
                     h[o + i] = f32(0)
 
 
-def _bind(nbits: int, *, stochastic: bool, keeps: bool) -> Any:
+def _bind(nbits: int, *, drawn: bool) -> Any:
     bound = {
-        "pick": pick_stochastic if stochastic else pick_within,
-        "number": number_picked if stochastic else number_within,
+        "pick": pick_stochastic if drawn else pick_within,
+        "number": number_picked if drawn else number_within,
         "put": put4 if nbits == 4 else put8,
         "BYTES": nbits // 4,
-        "remember": keep if keeps else keep_nothing,
-        "KEEPS": keeps,
+        "DRAWN": drawn,
     }
-    return specialise(one_pass, f"{nbits}_{stochastic}_{keeps}", bound)
+    return specialise(keeping_pass, f"{nbits}_{drawn}", bound)
 
 
-nearest4_keep, nearest8_keep = (_bind(nbits, stochastic=False, keeps=True) for nbits in (4, 8))
-random4_keep, random8_keep = (_bind(nbits, stochastic=True, keeps=True) for nbits in (4, 8))
+nearest4_keep, nearest8_keep = (_bind(nbits, drawn=False) for nbits in (4, 8))
+random4_keep, random8_keep = (_bind(nbits, drawn=True) for nbits in (4, 8))
 
 
 @loop
-def nearest4(v, nb, width, s, wire, c):
-    """As `one_pass` of 4 bits, to the nearest, without a residual: by whole vectors."""
+def nearest4(v, nb, width, s, wire, c, ahead):
+    """Of 4 bits, to the nearest, without a residual: by whole vectors."""
     half = width // U(2)
     whole = half & ~(WHOLE - U(1))
     for b in range(nb):
@@ -130,6 +125,7 @@ def nearest4(v, nb, width, s, wire, c):
         if is_coded(s[b]):
             inv = f32(1) / s[b]
             for i in range(U(0), whole, WHOLE):
+                ask(ahead, o + U(2) * i, U(2) * WHOLE)
                 nibbles(v, o + i, o + half + i, inv, wire, p + i)
             for i in range(whole, half):
                 a = pick_within(v[o + i] * inv, u32(0), 0, 0)
@@ -140,7 +136,7 @@ def nearest4(v, nb, width, s, wire, c):
 
 
 @loop
-def nearest8(v, nb, width, s, wire, c):
+def nearest8(v, nb, width, s, wire, c, ahead):
     """The same of 8 bits."""
     whole = width & ~(WHOLE - U(1))
     for b in range(nb):
@@ -148,6 +144,7 @@ def nearest8(v, nb, width, s, wire, c):
         if is_coded(s[b]):
             inv = f32(1) / s[b]
             for i in range(U(0), whole, WHOLE):
+                ask(ahead, o + i, WHOLE)
                 octets(v, o + i, o, inv, wire, p + i)
             for i in range(whole, width):
                 wire[p + i] = u8(pick_within(v[o + i] * inv, u32(0), 0, 0))
@@ -157,7 +154,7 @@ def nearest8(v, nb, width, s, wire, c):
 
 
 def random_pass(v, nb, width, s, levels, r, wire, c):
-    """As `one_pass`, drawn, without a residual: by whole vectors."""
+    """Drawn, without a residual: by whole vectors."""
     low, high = i32(-levels), i32(levels)
     half = width // U(2)
     whole = half & ~(WHOLE - U(1))
@@ -184,7 +181,7 @@ random4, random8 = (
 
 
 @loop
-def quick(v, nb, width, s, levels, stochastic, r, nbits, wire, c, h, keeps, omega):
+def quick(v, nb, width, s, levels, stochastic, r, nbits, wire, c, h, keeps, omega, ahead):
     """Code, pack and renew in one pass, where there is one.
 
     Scales must be of the absolute maximum, or of the norm if stochastic: then no code is far above
@@ -193,19 +190,35 @@ def quick(v, nb, width, s, levels, stochastic, r, nbits, wire, c, h, keeps, omeg
     if nbits == 4:
         if stochastic:
             if keeps:
-                random4_keep(v, nb, width, s, levels, r, wire, c, h, omega)
+                random4_keep(v, nb, width, s, levels, r, wire, c, h, omega, ahead)
             else:
                 random4(v, nb, width, s, levels, r, wire, c)
         elif keeps:
-            nearest4_keep(v, nb, width, s, levels, r, wire, c, h, omega)
+            nearest4_keep(v, nb, width, s, levels, r, wire, c, h, omega, ahead)
         else:
-            nearest4(v, nb, width, s, wire, c)
+            nearest4(v, nb, width, s, wire, c, ahead)
     elif stochastic:
         if keeps:
-            random8_keep(v, nb, width, s, levels, r, wire, c, h, omega)
+            random8_keep(v, nb, width, s, levels, r, wire, c, h, omega, ahead)
         else:
             random8(v, nb, width, s, levels, r, wire, c)
     elif keeps:
-        nearest8_keep(v, nb, width, s, levels, r, wire, c, h, omega)
+        nearest8_keep(v, nb, width, s, levels, r, wire, c, h, omega, ahead)
     else:
-        nearest8(v, nb, width, s, wire, c)
+        nearest8(v, nb, width, s, wire, c, ahead)
+
+
+@loop
+def spread4(wire, c, nb, width, s, v):
+    """v = decoded, of 4 bits: a third faster than by way of codes. Numba widens shifts to 64 bits."""
+    half = width // U(2)
+    for b in range(nb):
+        o, p = b * width, c + b * half
+        if s[b] == s[b]:
+            for i in range(half):
+                two = i32(i8(wire[p + i]))
+                v[o + i] = f32(i32(two << i32(28)) >> i32(28)) * s[b]
+                v[o + half + i] = f32(two >> i32(4)) * s[b]
+        else:
+            for i in range(width):
+                v[o + i] = floats(NAN)
