@@ -71,12 +71,16 @@ def test_nibbles_and_octets_are_floors_of_sums() -> None:
         np.testing.assert_array_equal(codes(8, v, 1, 100, r), wanted(v, 1, 100, r))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("levels", [4, 5, 6, 7])
-def test_nibbles_need_no_clamp(levels: int) -> None:
-    """Every mantissa of the largest element, with the smallest and the largest random number."""
+def test_nibbles_need_no_clamp(levels: int, dtype: Any) -> None:
+    """Every mantissa of the largest element, with the smallest and the largest random number.
+
+    Scales of the norm are divided in fp64; a norm is never below its largest element.
+    """
     m = np.arange(0x3F800000, 0x40000000, dtype=np.uint32).view(np.float32)
-    scale = elements.bf16_value(elements.bf16_up(m / np.float32(levels)))
-    y = m * (np.float32(1) / scale)
+    top = (m.astype(dtype) / dtype(levels)).astype(np.float32)
+    y = m * (np.float32(1) / elements.bf16_value(elements.bf16_up(top)))
     least, most = np.float32(2**-17), np.float32(1 - 2**-17)
     assert np.floor(y + most).max() == levels
     assert np.floor(-y + least).min() == -levels

@@ -127,11 +127,16 @@ def test_what_its_scale_is_made_of_rounds_to_the_largest_code(levels: int) -> No
     assert np.rint(m * (np.float32(1) / scale)).max() == levels
 
 
+@pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("scale", ["l2", "e8m0", "e8m0_up"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_codes_are_clamped_where_values_may_exceed_them(bits: int, scale: Any) -> None:
-    fmt = Format("uniform", bits=bits, levels=2 ** (bits - 1) - 1, block=64, scale=scale)
-    x = torch.tensor(RANDOM.standard_normal(640).astype(np.float32))
+def test_codes_are_clamped_where_values_may_exceed_them(
+    bits: int, scale: Any, stochastic: bool
+) -> None:
+    top = 2 ** (bits - 1) - 1
+    fmt = Format("uniform", bits=bits, levels=top, block=64, scale=scale, stochastic=stochastic)
+    x = torch.tensor(RANDOM.uniform(-1.99, 1.99, 640).astype(np.float32))
+    x[::64], x[1::64] = 1.999, -1.999  # 7.996 and 127.9 of the power of two below
     layout = Layout((640,), align=fmt.align)
     wires = [torch.zeros(stride(layout, fmt), dtype=torch.uint8) for _ in range(2)]
     for backend, wire in zip((numba_cpu, reference), wires, strict=True):

@@ -184,8 +184,8 @@ random4, random8 = (
 def quick(v, nb, width, s, levels, stochastic, r, nbits, wire, c, h, keeps, omega, ahead):
     """Code, pack and renew in one pass, where there is one.
 
-    Scales must be of the absolute maximum, or of the norm if stochastic: then no code is far above
-    `levels`, and none of those to the nearest is above them at all.
+    Scales must be of the absolute maximum, so that nothing exceeds `levels`; if stochastic they may
+    be of the norm too, and of 8 bits any, which are clamped.
     """
     if nbits == 4:
         if stochastic:
