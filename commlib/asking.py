@@ -6,6 +6,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+SLICE = 0.1
+"""Seconds of one look whether the answer is there."""
+
 
 class Asking:
     """Calls of one store, each in a thread of its own. whose: the store, for errors."""
@@ -16,6 +19,9 @@ class Asking:
 
     def __call__(self, call: Callable[[], Any], seconds: float) -> Any:
         """What `call` returns, or raises.
+
+        Slices are counted and not the clock: a process that was stopped (SIGSTOP, a laptop's lid)
+        for longer than `seconds` finds the answer when it goes on.
 
         Raises: RuntimeError after `seconds`, and at once while that call still has no answer.
         """
@@ -31,7 +37,10 @@ class Asking:
             raise RuntimeError(f"{self._whose} still does not answer")
         thread = threading.Thread(target=ask, name="commlib store", daemon=True)
         thread.start()
-        thread.join(seconds)
+        left = seconds
+        while thread.is_alive() and left > 0:
+            thread.join(min(SLICE, left))
+            left -= SLICE
         if not answer:
             self._unanswered = thread
             raise RuntimeError(f"{self._whose} did not answer within {seconds:g} s")
