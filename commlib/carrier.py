@@ -157,7 +157,7 @@ class Carrier:
             transport = Lane(transport, self._agreement.number, self._number, mark)
         if self.checking:
             what = f"{plan.op} of key {plan.label!r} under scheme {message.name}"
-            return Checked(transport, what, message.mark, self._number, self.timeout)
+            return Checked(transport, what, message.mark, self._number, self._runner.watch)
         return transport
 
     def start(

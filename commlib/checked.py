@@ -7,7 +7,7 @@ per exchange, and a pass over the bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -18,7 +18,10 @@ FIELDS = ("wire version", "plan digest", "message number")  # the crc32 is of wh
 
 
 class Checked(Through):
-    """A transport that stamps what goes through it; made for one message."""
+    """A transport that stamps what goes through it; made for one message.
+
+    watch(pending): blocks until the stamps are there, or raises. names: of the ranks, in errors.
+    """
 
     def __init__(
         self,
@@ -26,11 +29,11 @@ class Checked(Through):
         what: str,
         mark: int,
         number: int,
-        timeout: float,
+        watch: Callable[[Pending], None],
         names: Sequence[int] | None = None,
     ) -> None:
         super().__init__(inner)
-        self.timeout = timeout
+        self._watch = watch
         self._names = range(inner.size) if names is None else names  # ranks in the whole group
         self._head = (WIRE_VERSION, mark & WORD, number & WORD)
         self._what = what
@@ -64,7 +67,7 @@ class Checked(Through):
     def sub(self, ranks: Sequence[int]) -> Checked:
         names = sorted(self._names[r] for r in ranks)
         _, mark, number = self._head
-        return Checked(self._inner.sub(ranks), self._what, mark, number, self.timeout, names)
+        return Checked(self._inner.sub(ranks), self._what, mark, number, self._watch, names)
 
     def _stamp(self, payload: torch.Tensor | None) -> bytes:
         return STAMP.pack(*self._head, 0 if payload is None else crc(payload))
@@ -73,7 +76,7 @@ class Checked(Through):
         """Exchange stamps; the payload checksums to expect, by rank."""
         inp = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(self.device)
         out = torch.empty_like(inp)
-        self._inner.all_to_all(out, inp).wait(self.timeout)
+        self._watch(self._inner.all_to_all(out, inp))
         sums = []
         for rank, row in enumerate(out.cpu().view(self.size, -1)):
             *head, check = STAMP.unpack(bytes(row.tolist()))

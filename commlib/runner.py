@@ -83,6 +83,9 @@ class Runner(Protocol):
     def attend(self, pending: Pending) -> None:
         """See to it that an exchange is done before what the caller does next."""
 
+    def watch(self, pending: Pending) -> None:
+        """Like `attend`, for exchanges of any kind, with an eye on what other ranks say."""
+
     def fork(self) -> AbstractContextManager[None]:
         """A block in the order of messages: after what was queued so far, before what follows."""
 

@@ -101,6 +101,8 @@ class SideStream:
         """Make the current stream wait for an exchange."""
         pending.wait()
 
+    watch = attend
+
     @contextmanager
     def fork(self) -> Iterator[None]:
         """The side stream as the current one, behind all that the caller has queued."""

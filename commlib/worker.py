@@ -111,7 +111,7 @@ class Worker:
         task.step = Step.READY  # it has started
         try:
             with nullcontext() if task.lane else self.in_turn(task.what), task.writing:
-                drive(task.steps, self._watch if task.lane else self.attend)
+                drive(task.steps, self.watch if task.lane else self.attend)
         except BaseException as error:
             self._broken = self._fail(error, [task])
             task.work._finish(self._broken)
@@ -141,7 +141,7 @@ class Worker:
         """Block until an exchange is done."""
         attend(pending, self._timeout, self._look)
 
-    def _watch(self, pending: Pending) -> None:
+    def watch(self, pending: Pending) -> None:
         """Like `attend`, for exchanges that only tell of their end to whoever waits for it."""
         found = self._waiters.watch(pending, self._timeout)
         with span("wait"):

@@ -340,3 +340,28 @@ def test_rounds_leave_nothing_behind() -> None:
 
     for left in run_ranks(3, rank):
         assert [key.partition("/plan/")[2] for key in left] == ["39/0", "39/1", "39/2"]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "check"), [("int8+ef", "0"), ("int8+ef", "1"), ("int4@ring", "0"), ("fp32", "1")]
+)
+def test_who_waits_looks_at_what_others_say(
+    scheme: str, check: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that failed is named long before the exchange with it times out."""
+    monkeypatch.setenv("COMMLIB_CHECK", check)
+    monkeypatch.setattr("commlib.worker.PATIENCE", 0.1)
+
+    def body(c: Communicator) -> str:
+        c.all_reduce(data(c.rank, 3000), "w")
+        if c.rank == 2:
+            c._carrier.fail(RuntimeError("the disk is full"), [], "reading")
+            return ""
+        with pytest.raises(RuntimeError) as caught:
+            c.all_reduce(data(c.rank, 3000), "w", async_op=c.rank == 1).wait()
+        return str(caught.value)
+
+    for text in on_ranks(3, only(scheme), body)[:2]:
+        assert "rank 2 has failed in reading" in text
+        assert "the disk is full" in text
+        assert "timed out" not in text
