@@ -232,7 +232,8 @@ def segmented(
             groups[host] = sorted(groups[host] + plain)
             plain = []
     if plain:
-        groups[replace(raw(), algorithm=exactly)] = plain
+        alone = replace(raw(), algorithm=exactly)  # which a policy may have chosen for others, too
+        groups[alone] = sorted(groups.get(alone, []) + plain)
     starts = [sum(sizes[:place]) for place in range(len(sizes))]
     messages = []
     for scheme, places in groups.items():

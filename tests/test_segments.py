@@ -11,6 +11,7 @@ import torch
 import commlib
 from commlib import Communicator, Policy, Scheme
 from commlib.policy import Rule
+from commlib.scheme import Role
 from tests.communicators import data, on_ranks, only
 
 WORLDS = (1, 2, 3, 4, 7)
@@ -321,3 +322,25 @@ def test_a_key_may_be_gathered_by_differences() -> None:
     for errors in on_ranks(2, only("int4+delta"), body):
         assert errors[0] == 0
         assert all(0 < error < 2e-4 for error in errors[1:])
+
+
+@pytest.mark.parametrize("scheme", ["fp32", "fp32@two_phase", "fp32@ring", "bf16", "int8+ef"])
+@pytest.mark.parametrize("beside", ["fp32", "fp32@two_phase", "fp32@hierarchical"])
+def test_every_segment_is_in_one_message(scheme: str, beside: str) -> None:
+    """Matrices under one scheme, as much again in vectors under another, which are raw or not."""
+    rules = (Rule(Scheme.parse(scheme), min_ndim=2), Rule(Scheme.parse(beside)))
+
+    def body(c: Communicator) -> torch.Tensor:
+        x = torch.cat([data(c.rank, 2 * 640, 0), data(c.rank, 2 * 640, 1)])
+        keys, sizes, ndims = ("w", "b", "v", "c"), (640,) * 4, (2, 1, 2, 1)
+        plan = c._segments("all_reduce", x, keys, sizes, ndims, None, Role.GRADIENT, factor=1.0)
+        assert sorted(place for m in plan.messages for place in m.segments) == [0, 1, 2, 3]
+        c.all_reduce_segments(x, keys, sizes, ndims).wait()
+        return x
+
+    results = on_ranks(3, Policy(rules), body)
+    total = sum(torch.cat([data(r, 2 * 640, 0), data(r, 2 * 640, 1)]) for r in range(3))
+    close = 1e-6 if "fp32" in scheme else 0.03
+    for x in results:
+        assert torch.equal(x, results[0])
+        assert (x - total).norm() <= close * total.norm()
