@@ -19,6 +19,7 @@ from commlib_kernels.layout import Layout
 from . import collectives
 from .algorithms import TwoPhase
 from .collectives import Steps
+from .eager import eager
 from .engine import Engine
 from .feedback import Compressor
 from .plans import PARTS, Message, exact, explicit, is_exact, parse_scheme
@@ -36,6 +37,7 @@ Own = Callable[[], object]
 class Communicator(Engine):
     """The collectives of one group; construction as in `Engine`."""
 
+    @eager
     def all_reduce(
         self,
         x: torch.Tensor,
@@ -67,6 +69,7 @@ class Communicator(Engine):
             plan, x, flat, lambda m, t: self._reducing(m, t, flat, times), async_op
         )
 
+    @eager
     def all_reduce_segments(
         self,
         x: torch.Tensor,
@@ -106,6 +109,7 @@ class Communicator(Engine):
             plan, x, flat, lambda m, t: self._reducing(m, t, flat, times, held), async_op
         )
 
+    @eager
     def reduce_scatter(
         self,
         out: torch.Tensor,
@@ -134,6 +138,7 @@ class Communicator(Engine):
 
         return self._carrier.start(plan, out, flat, steps, async_op)
 
+    @eager
     def reduce_scatter_segments(
         self,
         out: torch.Tensor,
@@ -183,6 +188,7 @@ class Communicator(Engine):
 
         return self._carrier.start(plan, out, flat, steps, async_op)
 
+    @eager
     def all_gather_segments(
         self,
         out: torch.Tensor,
@@ -221,6 +227,7 @@ class Communicator(Engine):
 
         return self._carrier.start(plan, out, flat, steps, async_op)
 
+    @eager
     def all_gather(
         self,
         out: torch.Tensor,
@@ -248,6 +255,7 @@ class Communicator(Engine):
 
         return self._carrier.start(plan, out, flat, steps, async_op)
 
+    @eager
     def all_to_all(
         self,
         out: torch.Tensor,
@@ -297,6 +305,7 @@ class Communicator(Engine):
 
         return self._carrier.start(plan, out, flat, steps, async_op)
 
+    @eager
     def broadcast(
         self,
         x: torch.Tensor,

@@ -40,6 +40,7 @@ import torch
 import torch.distributed as _torch
 
 from commlib.communicator import Communicator
+from commlib.eager import eager
 from commlib.integrations import backend, calls, groups, routes
 from commlib.integrations.backend import Options
 from commlib.integrations.calls import is_sum
@@ -113,6 +114,7 @@ def destroy_process_group(group: Group = None) -> None:
     _torch.destroy_process_group(group)
 
 
+@eager
 def all_reduce(
     tensor: torch.Tensor,
     op: Any = ReduceOp.SUM,
@@ -130,6 +132,7 @@ def all_reduce(
     return work if async_op else None
 
 
+@eager
 def reduce_scatter_single(
     output: torch.Tensor,
     input: torch.Tensor,
@@ -151,6 +154,7 @@ def reduce_scatter_single(
 reduce_scatter_tensor = reduce_scatter_single
 
 
+@eager
 def reduce_scatter(
     output: torch.Tensor,
     input_list: list[torch.Tensor],
@@ -169,6 +173,7 @@ def reduce_scatter(
     return work if async_op else None
 
 
+@eager
 def all_gather_single(
     output_tensor: torch.Tensor,
     input_tensor: torch.Tensor,
@@ -189,6 +194,7 @@ def all_gather_single(
 all_gather_into_tensor = all_gather_single
 
 
+@eager
 def all_gather(
     tensor_list: list[torch.Tensor],
     tensor: torch.Tensor,
@@ -206,6 +212,7 @@ def all_gather(
     return work if async_op else None
 
 
+@eager
 def all_to_all_single(
     output: torch.Tensor,
     input: torch.Tensor,
@@ -230,6 +237,7 @@ def all_to_all_single(
     return work if async_op else None
 
 
+@eager
 def broadcast(
     tensor: torch.Tensor,
     src: int | None = None,

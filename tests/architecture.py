@@ -22,6 +22,7 @@ FLOORS = {
     "commlib.boundary": 2,
     "commlib.copies": 2,
     "commlib.counters": 2,
+    "commlib.eager": 2,
     "commlib.feedback": 2,
     "commlib.hosts": 2,
     "commlib.lane": 2,

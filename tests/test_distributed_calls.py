@@ -245,6 +245,22 @@ def one_value_and_columns() -> None:
             dist.destroy_process_group(group)
 
 
+def compiled_around() -> None:
+    """A graph breaks at a call, which is what it is without torch.compile."""
+    dist.set_policy("int8")
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        x = x * 2
+        dist.all_reduce(x, dist.ReduceOp.AVG)
+        parts = [torch.empty(N) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x)
+        return parts[1] / 2
+
+    mean = total(N) / dist.get_world_size()
+    assert relative(torch.compile(step, backend="eager")(mine(N)), mean) < 0.02
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(
     ("case", "ranks"),
     [
@@ -252,6 +268,7 @@ def one_value_and_columns() -> None:
         (waiting_in_callbacks, 2),
         (failing_in_callbacks, 2),
         (first_calls_from_two_threads, 2),
+        (compiled_around, 2),
         (any_strides, 2),
         (one_value_and_columns, 2),
         (any_dtype, 3),

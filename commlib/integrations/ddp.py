@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from commlib.communicator import Communicator
+from commlib.eager import eager
 from commlib.integrations import channel
 from commlib.integrations.autoplan import AutoPlanner
 from commlib.integrations.ddp_refusals import (
@@ -109,6 +110,7 @@ def of(model: nn.Module) -> "DDPState":
     return state
 
 
+@eager
 def hook(
     state: "DDPState",
     bucket: dist.GradBucket,  # type: ignore[name-defined]  # missing from the stubs

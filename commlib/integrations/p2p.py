@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.overrides import has_torch_function
 
 from commlib.collectives.p2p import FIRST_TAG, Receiving, Sending
+from commlib.eager import eager
 from commlib.feedback import Compressor
 from commlib.integrations import groups
 from commlib.integrations.batch import Batch, Later
@@ -119,6 +120,7 @@ class P2POp(dist.P2POp):
         self.scheme = scheme
 
 
+@eager
 def isend(
     tensor: torch.Tensor,
     dst: int | None = None,
@@ -135,6 +137,7 @@ def isend(
     return _start("isend", tensor, dst, group, tag, group_dst, scheme)
 
 
+@eager
 def irecv(
     tensor: torch.Tensor,
     src: int | None = None,
@@ -151,6 +154,7 @@ def irecv(
     return _start("irecv", tensor, src, group, tag, group_src, scheme)
 
 
+@eager
 def send(
     tensor: torch.Tensor,
     dst: int | None = None,
@@ -166,6 +170,7 @@ def send(
         work.wait()
 
 
+@eager
 def recv(
     tensor: torch.Tensor,
     src: int | None = None,
@@ -187,6 +192,7 @@ def recv(
     return dist.get_global_rank(groups.member(group), group_src)
 
 
+@eager
 def batch_isend_irecv(p2p_op_list: list[dist.P2POp]) -> list[Any]:
     """Issue a list of `P2POp`, commlib's or torch's, together: no order among them blocks.
 

@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from commlib.eager import eager
 from commlib.integrations import calls, groups, inner, p2p, routes
 from commlib.integrations.backend import NAME, Options
 from commlib.integrations.calls import ReduceOp, coalesced, is_sum, spelled
@@ -96,6 +97,7 @@ class ProcessGroup(Base):  # type: ignore[misc]
 
     # Gradients.
 
+    @eager
     def allreduce(
         self, tensors: Any = None, opts: Any = None, timeout: Any = None, *, op: Any = None
     ) -> Any:
@@ -109,6 +111,7 @@ class ProcessGroup(Base):  # type: ignore[misc]
                 tensors, opts = self._premultiplied(tensors, opts, in_place=True)
         return self._allreduce(tensors, opts)
 
+    @eager
     def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> Any:
         opts = spelled(c10d.AllreduceCoalescedOptions, opts)
         op = opts.reduceOp
@@ -122,12 +125,14 @@ class ProcessGroup(Base):  # type: ignore[misc]
             ),
         )
 
+    @eager
     def reduce(self, tensors: Any, opts: Any, *others: Any, **named: Any) -> Any:
         if isinstance(opts, c10d.ReduceOptions):
             # elsewhere than at the root the tensor is lost anyway
             tensors, opts = self._premultiplied(tensors, opts, in_place=True)
         return self.plain.reduce(tensors, opts, *others, **named)
 
+    @eager
     def reduce_scatter(
         self, outputs: Any, inputs: Any, opts: Any = None, timeout: Any = None, *, op: Any = None
     ) -> Any:
@@ -143,6 +148,7 @@ class ProcessGroup(Base):  # type: ignore[misc]
             inputs = [parts]
         return self.plain.reduce_scatter(outputs, inputs, opts)
 
+    @eager
     def reduce_scatter_single(self, output: Any, input: Any, opts: Any = None) -> Any:
         opts = spelled(c10d.ReduceScatterOptions, opts)
         if input.is_floating_point():
@@ -152,6 +158,7 @@ class ProcessGroup(Base):  # type: ignore[misc]
                 (input,), opts = self._premultiplied([input], opts)
         return self._reduce_scatter(output, input, opts)
 
+    @eager
     def reduce_scatter_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
         opts = spelled(c10d.ReduceScatterOptions, opts)
         op = opts.reduceOp
@@ -167,6 +174,7 @@ class ProcessGroup(Base):  # type: ignore[misc]
 
     # Parameters.
 
+    @eager
     def allgather(self, outputs: Any, inputs: Any, opts: Any = None, timeout: Any = None) -> Any:
         opts = spelled(c10d.AllgatherOptions, opts, timeout)
         if isinstance(inputs, torch.Tensor):
@@ -177,12 +185,14 @@ class ProcessGroup(Base):  # type: ignore[misc]
             return calls.all_gather(self._route(x), parts, x, opts.asyncOp)
         return self.plain.allgather(outputs, inputs, opts)
 
+    @eager
     def all_gather_single(self, output: Any, input: Any, opts: Any = None) -> Any:
         opts = spelled(c10d.AllgatherOptions, opts)
         if self.choices.gathers(output, input):
             return calls.all_gather(self._route(input), output, input, opts.asyncOp)
         return self._all_gather(output, input, opts)
 
+    @eager
     def all_gather_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
         opts = spelled(c10d.AllgatherOptions, opts)
         return coalesced(
@@ -193,6 +203,7 @@ class ProcessGroup(Base):  # type: ignore[misc]
             lambda outs, rest: self._under(ALL_GATHER_COALESCED)(outs, rest, opts),
         )
 
+    @eager
     def broadcast(self, tensors: Any, opts: Any = None, timeout: Any = None) -> Any:
         if isinstance(tensors, torch.Tensor):
             tensors, root = [tensors], opts
@@ -207,6 +218,7 @@ class ProcessGroup(Base):  # type: ignore[misc]
 
     # Activations.
 
+    @eager
     def all_to_all_single(
         self, output: Any, input: Any, output_rows: Any, input_rows: Any, opts: Any = None
     ) -> Any:
@@ -220,14 +232,17 @@ class ProcessGroup(Base):  # type: ignore[misc]
             return calls.all_to_all(self._route(input), output, input, *rows, opts.asyncOp)
         return self._all_to_all(output, input, *rows, opts)
 
+    @eager
     def send(self, tensors: Any, dst: int, tag: int = 0) -> Any:
         work = self._message("send", tensors, dst, tag)
         return self.plain.send(tensors, dst, tag) if work is None else work
 
+    @eager
     def recv(self, tensors: Any, src: int, tag: int = 0) -> Any:
         work = self._message("recv", tensors, src, tag)
         return self.plain.recv(tensors, src, tag) if work is None else work
 
+    @eager
     def recv_anysource(self, tensors: Any, tag: int = 0) -> Any:
         work = self._message("recv", tensors, None, tag)
         return self.plain.recv_anysource(tensors, tag) if work is None else work
@@ -242,6 +257,7 @@ class ProcessGroup(Base):  # type: ignore[misc]
 
     # What is not a call on tensors.
 
+    @eager
     def barrier(self, *args: Any, **named: Any) -> Any:
         if self.choices.used:
             groups.flush(self)  # gloo's waits for what was called before it

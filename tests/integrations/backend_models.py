@@ -31,6 +31,7 @@ from tests.integrations.ddp_cases import (
     gradients,
     mlp,
     relative,
+    train,
 )
 
 # Gradients of 48 x 48 weights under int8: both codings err by at most half a step of a block's
@@ -75,6 +76,15 @@ def ddp_wrapped_as_well() -> None:
         assert 1e-3 < relative(gradients(model), gradients(plain)) < 0.3
     assert commlib.of(model).communicator.memory_bytes() > 0
     assert sent() == before
+
+
+def ddp_in_a_compiled_step() -> None:
+    """DDP calls the group in backward, behind a graph break, where dynamo still looks on."""
+    expected = train(DDP(mlp()), 3)
+    got = torch.compile(train, backend="eager")(DDP(mlp()), 3)
+    assert_same_on_all_ranks(got)
+    assert relative(got, expected) < GRADIENTS  # rounded at random, so not to the bit
+    torch._dynamo.reset()
 
 
 def exact_hook(_, bucket):  # type: ignore[no-untyped-def]  # DDP compares annotations

@@ -165,6 +165,9 @@ def compiled() -> None:
     for model in (outside, commlib.wrap(inside, "int4+ef")):
         assert torch.equal(train(model, 4), expected)
         assert set(residuals(model)) == names
+    whole = commlib.wrap(DDP(mlp()), "int4+ef")
+    torch.compile(train, backend="eager")(whole, 4)  # the hook runs behind a graph break
+    assert torch.equal(weights(whole), expected)
     traced = torch.compile(commlib.wrap(DDP(mlp()), "int4+ef"), backend="aot_eager")
     train(traced, 2)
     assert_same_on_all_ranks(weights(traced))

@@ -68,6 +68,7 @@ def test_torch_on_top(pool: Pool) -> None:
         models.tensor_parallel,
         models.checkpoints,
         models.ddp_wrapped_as_well,
+        models.ddp_in_a_compiled_step,
         ranks=3,
     )
 
