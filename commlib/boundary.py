@@ -35,6 +35,7 @@ import torch
 from commlib_kernels.layout import Layout, aligned
 
 from . import stamp
+from .copies import clean
 from .feedback import Compressor, Key
 from .modes import Delta, ErrorFeedback, Lep, Plain, Reuse
 from .references import References
@@ -274,7 +275,7 @@ class Boundary:
         """Add the message to `arrived`, a copy of what both ends hold, and keep that."""
         self._compressor.decompress(self._name, body, arrived, layout, add=True)
         kept = arrived
-        if not _clean(arrived):
+        if not clean(arrived):
             kept = torch.where(arrived.isfinite(), arrived, self._before(held, microbatch))
         if self._references is not None:
             rows = kept.view(self.samples, self._row)
@@ -387,14 +388,6 @@ class Boundary:
                 f"boundary {self.key!r}: the saved references do not have their checksum: the file "
                 "has changed since it was written. Load another checkpoint, or reset() both ends"
             )
-
-
-def _clean(x: torch.Tensor) -> bool:
-    """True: all of `x` is finite. False: not known.
-
-    On CPU a sum takes a hundredth of isfinite()'s time; on a device the host would wait for it.
-    """
-    return x.device.type == "cpu" and math.isfinite(float(x.sum(dtype=torch.float32)))
 
 
 def rescaled(state: dict[str, Any], factor: float) -> dict[str, Any]:

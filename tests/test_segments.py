@@ -304,6 +304,36 @@ def test_differences_resume_bitwise_from_the_own_row_alone() -> None:
     assert all(torch.equal(out, exact) for out in on_ranks(3, how, anew))
 
 
+def test_differences_go_on_after_what_is_not_finite() -> None:
+    """T19: one bad step is bad for that step, on all ranks."""
+
+    def body(c: Communicator) -> list[int]:
+        bad = []
+        for step in range(5):
+            x = data(c.rank, 1024, 0) + 1e-3 * step
+            if step == 2 and c.rank == 0:
+                x[3], x[500] = float("inf"), float("nan")
+            out = torch.empty(2 * 1024)
+            c.all_gather(out, x, "w", scheme="int8+delta").wait()
+            bad.append(int((~out.isfinite()).sum()))
+            if step > 3:
+                assert (out[:1024].view(2, -1) - data(0, 1024, 0).view(2, -1)).abs().max() < 0.02
+        return bad
+
+    assert on_ranks(2, only("fp32"), body) == [[0, 0, 256, 0, 0]] * 2
+
+
+def test_differences_begin_anew_where_a_tensor_has_another_size() -> None:
+    def body(c: Communicator) -> None:
+        for numel in (1024, 2048, 1, 1024):
+            for _ in range(2):
+                x, out = data(c.rank, numel), torch.empty(2 * numel)
+                c.all_gather(out, x, "w", scheme="int8+delta").wait()
+                assert (out - torch.cat([data(0, numel), data(1, numel)])).abs().max() < 1e-3
+
+    on_ranks(2, only("fp32"), body)
+
+
 def test_a_key_may_be_gathered_by_differences() -> None:
     def body(c: Communicator) -> list[float]:
         x, out, errors = data(c.rank, 500), torch.empty(1000), []

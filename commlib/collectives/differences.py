@@ -6,7 +6,8 @@
 
 An update of a thousandth of a weight, in 4 bits, has the error of the update, not of the weight;
 what rounding loses stays in the next difference (SDP4Bit, Jia et al. 2024, arXiv 2410.15526). The
-first time the rows travel raw. Exact segments always do, so that they are exact.
+first time the rows travel raw. Exact segments always do, so that they are exact. Of elements that
+were not finite all ranks go on from zero: the next finite parts arrive whole.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 
 from commlib_kernels.layout import Layout
 
-from ..copies import Copies
+from ..copies import Copies, clean
 from ..feedback import Compressor, Key, names_of
 from ..traffic import Transport
 from . import two_phase
@@ -53,6 +54,8 @@ def all_gather(
             exchange = transport.all_gather(rows.view(-1), own)
         yield exchange
     if not (known and unchanged):
+        if not clean(rows):  # no difference to what is not finite ever is
+            rows.nan_to_num_(0.0, 0.0, 0.0)
         for segment, (start, size) in enumerate(zip(_starts(layout), layout.sizes, strict=True)):
             if layout.is_exact(segment):
                 rows[:, start : start + size] = 0
