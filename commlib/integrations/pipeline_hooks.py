@@ -104,7 +104,7 @@ class Steps(Protocol):
 
 @functools.cache
 def stepping(base: Hashable) -> type[Any]:
-    """A subclass of a schedule class whose steps go through its `commlib_pipeline`."""
+    """A subclass of a schedule class whose steps go through the pipeline of its stages."""
 
     class Stepping(base):  # type: ignore[valid-type, misc]
         commlib_base = base
@@ -119,7 +119,9 @@ def stepping(base: Hashable) -> type[Any]:
             autograd = getattr(self, "_backward_requires_autograd", True)
             if self._has_backward and autograd and not torch.is_grad_enabled():
                 return super().step(*args, **kwargs)  # refused there, before anything is sent
-            steps: Steps = self.commlib_pipeline
+            # another schedule of the same stages may have been wrapped since
+            stage: Any = self._stages[0] if hasattr(self, "_stages") else self._stage
+            steps: Any = getattr(stage, "commlib_ports", self.commlib_pipeline)
             with steps.step(self._n_microbatches, self._has_backward, sample_ids, is_fresh):
                 return super().step(*args, **kwargs)
 

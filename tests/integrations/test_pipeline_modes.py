@@ -313,6 +313,22 @@ def outside_of_a_step(policy: str) -> None:
     commlib.of(schedule).verify()
 
 
+def two_schedules_of_a_stage() -> None:
+    """Whichever was wrapped last: what the stages carry is what both hear of, and count."""
+    first = commlib.wrap(build(), "int8")
+    second = get_schedule_class("1F1B")(first._stage, MICRO, loss_fn=loss)
+    call(first)
+    commlib.wrap(second, "int4+delta", backward="int4")
+    for step, schedule in enumerate((first, second, first)):
+        call(schedule, sample_ids=ids(step))
+        assert commlib.of(first) is commlib.of(second)
+    has(error_of(lambda: call(first), ValueError), ["sample_ids"])
+    commlib.wrap(first, "int8")
+    for schedule in (first, second):  # and neither asks for samples any more
+        call(schedule)
+    commlib.of(second).verify()
+
+
 def the_store_does_not_fill() -> None:
     """Steps that agree leave a number of keys that does not grow."""
     schedule = commlib.wrap(build("1F1B"), "int4+reuse")
@@ -338,6 +354,7 @@ def the_store_does_not_fill() -> None:
         (reuse, 2),
         (lep, 2),
         (fresh_differs, 2),
+        (two_schedules_of_a_stage, 2),
         (the_store_does_not_fill, 2),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
