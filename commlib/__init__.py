@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 from commlib.integrations import backend as _backend
 
 if TYPE_CHECKING:
+    from commlib import checkpoint as checkpoint
+    from commlib import distributed as distributed
+    from commlib import optim as optim
     from commlib.codecs import codec
     from commlib.communicator import Communicator, exact
     from commlib.integrations.backend import Options
@@ -22,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = ["Communicator", "LazyLoader", "LazySampler", "Options", "Policy", "Scheme"]
 __all__ += ["__version__", "codec", "exact", "of", "wrap"]
 
+_MODULES = ("checkpoint", "distributed", "optim")
 _HOME = {
     "Communicator": "commlib.communicator",
     "LazyLoader": "commlib.lazy",
@@ -37,6 +41,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"commlib.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'commlib' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)
@@ -45,7 +51,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})
 
 
 _backend.register_with_torch()

@@ -124,3 +124,13 @@ def test_real_kernels_package_wins_in_a_checkout(tmp_path: Path) -> None:
     assert python("-c", "import kernels; print(kernels.NAME)", cwd=ROOT, path=tmp_path) == (
         "the real one\n"
     )
+
+
+def test_modules_of_the_readme_are_there_on_first_use(tmp_path: Path) -> None:
+    program = """
+import sys, commlib
+assert not {"commlib.checkpoint", "commlib.optim", "commlib.distributed"} & sys.modules.keys()
+found = commlib.checkpoint.load, commlib.optim.DiLoCo, commlib.distributed.send
+print(*(one.__name__ for one in found))
+"""
+    assert python("-c", program, cwd=ROOT, path=tmp_path) == "load DiLoCo send\n"
