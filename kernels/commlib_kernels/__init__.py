@@ -219,6 +219,7 @@ def expand(fmt: Format, data: torch.Tensor, wire: torch.Tensor, layout: Layout) 
 
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_MEMORIES = (torch.float32, torch.bfloat16, torch.int8)
 
 
 def _check_tensor(name: str, x: torch.Tensor, dtype: torch.dtype, numel: int) -> None:
@@ -237,14 +238,28 @@ def _check_memory(memory: Memory, layout: Layout, fmt: Format, *, owner: bool) -
     """Refuse residuals that do not have the elements, and int8's scales, of a message."""
     needed, scaled = _residuals(layout, fmt, owner)
     residual, scales = memory.residual, memory.scales
+    if residual.dtype not in _MEMORIES:
+        raise ValueError(f"memory: the residual is {residual.dtype}; allowed: fp32, bf16, int8")
     if residual.dim() != 1 or not residual.is_contiguous() or residual.numel() < needed:
         raise ValueError(
             f"memory: the residual needs {needed} flat contiguous elements, "
             f"got shape {tuple(residual.shape)} with strides {residual.stride()}"
         )
-    if residual.dtype == torch.int8 and (scales is None or scales.numel() < scaled):
-        found = 0 if scales is None else scales.numel()
-        raise ValueError(f"memory: an int8 residual needs {scaled} scales here, got {found}")
+    if residual.dtype == torch.int8 and not (
+        scales is not None
+        and scales.dtype == torch.int16
+        and scales.dim() == 1
+        and scales.is_contiguous()
+        and scales.numel() >= scaled
+    ):
+        found = "none" if scales is None else f"{scales.numel()} x {scales.dtype}"
+        raise ValueError(
+            f"memory: an int8 residual needs {scaled} flat contiguous scales (int16) here, got "
+            f"{found}"
+        )
+    last = len(layout.sizes) - 1
+    if any(not 0 <= segment <= last for segment in memory.hold):
+        raise ValueError(f"memory: hold={memory.hold}; allowed: segments 0 to {last}")
 
 
 @lru_cache(maxsize=4096)
