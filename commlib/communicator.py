@@ -98,13 +98,15 @@ class Communicator(Engine):
                 out of this message, and an owner's where the sum is zero.
             own: called instead where nothing is compressed: a collective of the library's own.
         """
-        times = self._factor(factor, x)
+        times, held = self._factor(factor, x), tuple(hold)
         plan = self._segments(
             "all_reduce", x, keys, sizes, ndims, numels, role, shapes=shapes, factor=times
         )
+        if not all(0 <= segment < len(keys) for segment in held):
+            raise ValueError(f"hold is {held}; allowed: segments 0 to {len(keys) - 1}")
         if plan.lossless and own is not None:
             return _done(own, x)
-        flat, held = x.detach().view(-1), tuple(hold)
+        flat = x.detach().view(-1)
         return self._carrier.start(
             plan, x, flat, lambda m, t: self._reducing(m, t, flat, times, held), async_op
         )

@@ -49,7 +49,7 @@ class Engine(Planning):
             device where the group has NCCL, else the CPU.
         meter: counts traffic; None makes one.
 
-    Raises: ValueError for a bad policy or environment.
+    Raises: ValueError for a bad policy, seed, timeout or environment.
     """
 
     def __init__(
@@ -62,7 +62,9 @@ class Engine(Planning):
         device: torch.device | str | None = None,
         meter: Meter | None = None,
     ) -> None:
-        given = policy or os.environ.get("COMMLIB_POLICY") or DEFAULT_POLICY
+        check_whole("seed", seed)
+        check_seconds("timeout", timeout)
+        given = os.environ.get("COMMLIB_POLICY") or DEFAULT_POLICY if policy is None else policy
         auto = isinstance(given, str) and given.strip() == "auto"
         self.policy = Policy.parse("fp32" if auto else given)
         self._auto = auto
@@ -322,6 +324,19 @@ class Engine(Planning):
             return
         flat = x.view(-1)
         self._carrier.start(plan, x, flat, lambda m, t: self._reducing(m, t, flat, 1.0), False)
+
+
+def check_whole(name: str, value: object) -> None:
+    """Refuse what is no whole number of at least 0 (ValueError)."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name} is {value!r}, it must be a whole number >= 0")
+
+
+def check_seconds(name: str, value: object) -> None:
+    """Refuse what is no time to wait (ValueError); None is somebody else's choice."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (number and 0 < value < math.inf):  # type: ignore[operator]
+        raise ValueError(f"{name} is {value!r}, it must be a number of seconds above 0")
 
 
 def _transport(group: Any, timeout: float | None, device: torch.device | str | None) -> Transport:

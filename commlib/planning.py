@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .algorithms import AlgorithmConfig, Hierarchical, PowerSGD, Thc, TwoPhase
+from .algorithms import AlgorithmConfig, Hierarchical, PowerSGD, Thc, TwoPhase, unknown
 from .carrier import Carrier
 from .collectives import hierarchical, power_sgd, thc
 from .compressors import Compressors, check_turns
@@ -111,6 +111,7 @@ class Planning:
         plan = self._plans.get(id_)
         if plan is not None:
             return plan
+        check_role(role)
         if key is not None and not isinstance(key, str):
             raise ValueError(f"{op}: a key is the tensor's name, such as 'w', got {key!r}")
         # one dimension may be a vector or any flat buffer
@@ -161,12 +162,17 @@ class Planning:
         rows: how often `x` has them, for reduce_scatter. shapes: of whole tensors. factor: of sums.
         """
         check_tensor(op, x, self.transport.device)
+        keys, sizes = tuple(keys), tuple(sizes)
+        numels = None if numels is None else tuple(numels)
+        if not keys:
+            raise ValueError(f"{op}_segments: needs at least one key, got none")
         plain, era = is_exact(), self._era(keys)
         shapes = shapes if self.policy.shaped else None
         id_ = (op, keys, sizes, numels, x.dtype, role, plain, era, shapes, self._kind(factor))
         plan = self._plans.get(id_)
         if plan is not None:
             return plan
+        check_role(role)
         if len(keys) != len(sizes) or sum(sizes) * max(1, rows) != x.numel():
             each = f" in each of {rows} rows" if rows else ""
             raise ValueError(
@@ -181,8 +187,8 @@ class Planning:
             )
         # What was measured is messages, so under "auto" the size of the message decides.
         numels = numels or tuple(n * max(1, rows) for n in sizes)
-        unknown = (None,) * len(keys)
-        facts = zip(keys, numels, ndims or unknown, shapes or unknown, strict=True)
+        no_facts = (None,) * len(keys)
+        facts = zip(keys, numels, ndims or no_facts, shapes or no_facts, strict=True)
         infos = [
             TensorInfo(k, x.numel() if self._auto else n, x.dtype, role, d, era, shape)
             for k, n, d, shape in facts
@@ -414,6 +420,12 @@ def _suited(op: str, scheme: Scheme) -> Scheme:
     if op in INCREMENTS or (op == GATHER and isinstance(scheme.feedback, Delta)):
         return scheme
     return scheme.stateless()
+
+
+def check_role(role: str) -> None:
+    """Refuse a role that no rule could name (ValueError)."""
+    if role not in tuple(Role):
+        raise ValueError(unknown("role", str(role), Role))
 
 
 def check_memory(op: str, scheme: Scheme) -> None:

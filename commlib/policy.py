@@ -143,7 +143,10 @@ class Rule:
             and (info.ndim is None or info.ndim >= self.min_ndim)
             and (self.role is None or info.role == self.role)
             and (self.dtype is None or info.dtype is self.dtype)
-            and (self.key == "*" or fnmatch.fnmatchcase(info.key or "", self.key))
+            and (
+                self.key == "*"
+                or (info.key is not None and fnmatch.fnmatchcase(info.key, self.key))
+            )
         )
 
     def to_dict(self) -> dict[str, str | int]:

@@ -204,7 +204,11 @@ class Meter:
             )  # fmt: skip
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per (op, key, scheme), in order of first use; `rel_err` is the last sample."""
+        """One row per (op, key, scheme), in order of first use.
+
+        `rel_err` is the last sample of a message of one named tensor; those of the tensors in a
+        bucket, and of anonymous ones, are in `errors`.
+        """
         self.settle()
         with self._lock:
             return [
@@ -223,7 +227,7 @@ class Meter:
             ]
 
     def errors(self) -> dict[tuple[str, str], float]:
-        """Last sampled relative error per (key, scheme)."""
+        """Last sampled relative error per (key, scheme); anonymous tensors have the key ""."""
         self.settle()
         with self._lock:
             return dict(self._errors)
@@ -241,7 +245,10 @@ class Meter:
             "commlib/ratio": _ratio(raw, wire),
         }
         with self._lock:
-            out |= {f"commlib/rel_err/{key}": err for (key, _), err in self._errors.items()}
+            out |= {
+                f"commlib/rel_err/{key or 'anonymous'}": error
+                for (key, _), error in self._errors.items()
+            }
             out["commlib/not_compressed"] = float(sum(map(len, self._plain.values())))
         return out
 

@@ -28,6 +28,19 @@ BAD = [
     (lambda c: c.all_reduce(torch.ones(3001), "known"), "'known' has 3000.*3001"),
     (lambda c: c.all_reduce_segments(torch.ones(10), ("a", "b"), (5, 6)), "adding up to 11.*of 10"),
     (lambda c: c.all_reduce_segments(torch.ones(40), ("a", "a"), (20, 20)), "names one tensor"),
+    (lambda c: c.all_reduce_segments(torch.ones(0), (), ()), "needs at least one key"),
+    (
+        lambda c: c.all_reduce_segments(torch.ones(40), ("a", "b"), (20, 20), hold=(2,)),
+        r"hold is \(2,\); allowed: segments 0 to 1",
+    ),
+    (
+        lambda c: c.all_reduce(torch.ones(60, 50), "w", role="gradientt"),
+        "unknown role 'gradientt'; allowed: gradient, .*did you mean 'gradient'",
+    ),
+    (
+        lambda c: c.all_reduce_segments(torch.ones(40), ("a",), (40,), role="x"),
+        "unknown role 'x'",
+    ),
     (lambda c: c.reduce_scatter(torch.ones(3), torch.ones(5)), "must hold 2 x out"),
     (lambda c: c.all_gather(torch.ones(5), torch.ones(3)), "must hold 2 x x"),
     (lambda c: c.all_to_all(torch.ones(5), torch.ones(5)), "not a multiple of 2"),
@@ -292,6 +305,33 @@ def test_the_environment_is_read_and_validated(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("COMMLIB_CHECK", "yes")
     with pytest.raises(ValueError, match="COMMLIB_CHECK='yes'; allowed: 0, 1"):
         Communicator(t, "int8")
+
+
+@pytest.mark.parametrize(
+    ("how", "complaint"),
+    [
+        *(({"seed": seed}, "seed is .* whole number >= 0") for seed in (1.5, "a", None, True, -1)),
+        *(
+            ({"timeout": t}, "timeout is .* seconds above 0")
+            for t in (0, -1.0, float("nan"), float("inf"), "5")
+        ),
+        *(({"policy": policy}, "policy|scheme") for policy in ("", {}, [], 0)),
+    ],
+)
+def test_what_no_communicator_can_have_is_refused_at_once(how: Any, complaint: str) -> None:
+    (transport,) = ThreadTransport.world(1)
+    with pytest.raises(ValueError, match=complaint):
+        Communicator(transport, **how)
+
+
+def test_lists_name_segments_as_tuples_do() -> None:
+    def body(c: Communicator) -> torch.Tensor:
+        x = data(c.rank, 3000)
+        c.all_reduce_segments(x, ["a", "b"], [1000, 2000], [2, 1], [1000, 2000])  # type: ignore
+        return x
+
+    results = on_ranks(2, "int8", body)
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("scheme", ["fp32", "int8+ef", "bf16@native", "int4+ef@ring"])

@@ -127,6 +127,8 @@ def _made(text: str, table: Mapping[str, Callable[..., Codec]], what: str) -> Co
             raise ValueError(
                 f"{what} {name!r}: option {option!r} is not known{_hint(key, allowed)}"
             )
+        if key in values:
+            raise ValueError(f"{what} {name!r}: option {key!r} is given twice")
         values[key] = _value(value)
     return table[name](**values)
 

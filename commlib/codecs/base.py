@@ -7,7 +7,7 @@ call, and `str` is the text that `codec()` reads back. The bytes themselves are 
 
 from abc import ABC, abstractmethod
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self, TypeGuard
 
 import torch
 
@@ -162,13 +162,18 @@ def check_block(codec: Codec, block: Block, *, tensor: bool) -> None:
     """Refuse a block size that no kernel serves."""
     if block == "tensor" and tensor:
         return
-    good = isinstance(block, int) and MIN_BLOCK <= block <= MAX_BLOCK and block % 8 == 0
+    good = is_whole(block) and MIN_BLOCK <= block <= MAX_BLOCK and block % 8 == 0
     if not good:
         also = ' or "tensor"' if tensor else ""
         raise ValueError(
             f"{codec.id}: block={block!r}; allowed: multiples of 8 from {MIN_BLOCK} to "
             f"{MAX_BLOCK}{also}"
         )
+
+
+def is_whole(number: object) -> TypeGuard[int]:
+    """Whether it is an int: True and 7.0 are equal to some, but have other texts."""
+    return isinstance(number, int) and not isinstance(number, bool)
 
 
 def check_round(codec: Codec, round: Round | None) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from commlib.codecs.base import Codec, check_block
+from commlib.codecs.base import Codec, check_block, is_whole
 from commlib_kernels import Format
 
 LEVELS = 127
@@ -37,7 +37,7 @@ class Grid(Codec):
     block: int = 1024
 
     def __post_init__(self) -> None:
-        if self.bits not in range(2, 7):
+        if not is_whole(self.bits) or self.bits not in range(2, 7):
             raise ValueError(f"grid: bits={self.bits!r}; allowed: 2 .. 6")
         check_block(self, self.block, tensor=False)
 

@@ -14,7 +14,7 @@ Sources: Suresh et al. 2017 (arXiv 1611.00429); DRIVE, Vargaftik et al. 2021 (ar
 
 from dataclasses import dataclass, replace
 
-from commlib.codecs.base import Codec, Round
+from commlib.codecs.base import Codec, Round, is_whole
 from commlib_kernels import Format
 
 ROTATED = ("uniform", "fp8", "fp4", "sign", "gauss", "grid", "table")
@@ -63,7 +63,7 @@ class Rotated(Codec):
                 f"rotate|{self.inner}: block={inner.block}; allowed: powers of two from "
                 f"{MIN_BLOCK} to 4096"
             )
-        if not 0 <= self.seed < 1 << 64:
+        if not is_whole(self.seed) or not 0 <= self.seed < 1 << 64:
             raise ValueError(f"rotate: seed={self.seed}; allowed: 0 to 2^64 - 1")
 
     @property

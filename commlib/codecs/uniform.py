@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from commlib.codecs.base import Block, Codec, Round, check_block, check_round
+from commlib.codecs.base import Block, Codec, Round, check_block, check_round, is_whole
 from commlib_kernels import Format
 
 BF16_UP = 1 + 2.0**-7
@@ -64,7 +64,7 @@ class Int(Codec):
     round: Round | None = None
 
     def __post_init__(self) -> None:
-        if self.bits not in range(2, 9):
+        if not is_whole(self.bits) or self.bits not in range(2, 9):
             raise ValueError(f"int: bits={self.bits!r}; allowed: 2 .. 8")
         check_block(self, self.block, tensor=False)
         check_round(self, self.round)
@@ -117,7 +117,7 @@ class QSGD(Codec):
     name: ClassVar[str] = "qsgd"
 
     def __post_init__(self) -> None:
-        if self.levels not in range(1, 128):
+        if not is_whole(self.levels) or self.levels not in range(1, 128):
             raise ValueError(f"qsgd: levels={self.levels!r}; allowed: 1 .. 127")
         if self.norm not in ("l2", "max"):
             raise ValueError(f"qsgd: norm={self.norm!r}; allowed: l2, max")

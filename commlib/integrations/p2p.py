@@ -132,7 +132,8 @@ def isend(
 ) -> Any:
     """Send `tensor` to rank `dst` (of the world; `group_dst`: of the group).
 
-    It is coded before this returns, and may change then; the work is done when it has left.
+    It is coded before this returns, and may change then; the work is done when it has left. On gloo
+    a message and its tensor are kept until somebody waits for the work.
     """
     return _start("isend", tensor, dst, group, tag, group_dst, scheme)
 

@@ -87,7 +87,10 @@ def messages(schemes: Mapping[str, str], buckets: Sequence[Collection[str]]) -> 
 def plan_messages(
     layers: Sequence[Layer], budget: float, buckets: Sequence[Collection[str]], message: float
 ) -> tuple[Plan, float] | None:
-    """The plan of least seconds within `budget`, and its seconds; None where none is within it.
+    """A plan within `budget` of few seconds, and its seconds; None where none is found.
+
+    The best of these: each layer by itself, and for every set of schemes the best choice among them
+    without a look at messages.
 
     Args:
         layers: with costs in seconds; those of one scheme have no choice.
