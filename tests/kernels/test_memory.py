@@ -1,4 +1,7 @@
-"""Residuals that no kernel takes: refused by name, before one writes where it must not."""
+"""Residuals that no kernel takes: refused by name, before one writes where it must not.
+
+Those without room are in test_layout.py.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +17,17 @@ INT4 = codec("int4").format
 LAYOUT = Layout((256, 512))
 
 
-def int8(scales: torch.Tensor | None) -> dict[str, Any]:
+def int8(scales: torch.Tensor) -> dict[str, Any]:
     return {"residual": torch.zeros(768, dtype=torch.int8), "scales": scales}
 
 
 @pytest.mark.parametrize(
     ("memory", "complaint"),
     [
-        ({"residual": torch.zeros(767)}, "needs 768 flat contiguous elements"),
-        ({"residual": torch.zeros(2 * 768)[::2]}, "needs 768 flat contiguous elements"),
         *(
             ({"residual": torch.zeros(768, dtype=dtype)}, f"is {dtype}; allowed: fp32, bf16, int8")
             for dtype in (torch.float16, torch.float64, torch.int32)
         ),
-        (int8(None), "needs 6 flat contiguous scales .*got none"),
-        (int8(torch.zeros(5, dtype=torch.int16)), r"needs 6 .*got 5 x torch\.int16"),
         (int8(torch.zeros(6, dtype=torch.int8)), r"needs 6 .*got 6 x torch\.int8"),
         (int8(torch.zeros(12, dtype=torch.int16)[::2]), "needs 6 flat contiguous scales"),
         ({"residual": torch.zeros(768), "hold": (2,)}, r"hold=\(2,\); allowed: segments 0 to 1"),
