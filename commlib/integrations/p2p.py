@@ -31,6 +31,7 @@ class P2PWork(dist.Work):
         super().__init__()
         self._messages = messages
 
+    @eager
     def wait(self, timeout: Timeout = None) -> bool:
         """Block until the tensor was sent, or has arrived; `timeout` in seconds.
 
@@ -43,6 +44,7 @@ class P2PWork(dist.Work):
     def synchronize(self) -> None:
         self.wait()
 
+    @eager
     def is_completed(self) -> bool:
         """Whether it is done. On gloo only `wait` finds that out, as for torch's own."""
         return all([message.is_completed() for message in self._messages])

@@ -31,6 +31,7 @@ from commlib.agreement import Agreement, Disagreement, shorten
 from commlib.boundary import Boundary, told
 from commlib.collectives import Pool
 from commlib.collectives.base import span
+from commlib.eager import eager
 from commlib.integrations.pipeline_checks import (
     USERS,
     Unfit,
@@ -261,6 +262,7 @@ class Pipeline(Memory):
     def prepared(self) -> None:
         self._unknown = True
 
+    @eager
     def send(self, stage: Any, direction: str, microbatch: int, ops: list[Any]) -> list[Any]:
         self._meet()
         out = []
@@ -296,6 +298,7 @@ class Pipeline(Memory):
         self.meter.record(*row, time.perf_counter() - start)
         return wire
 
+    @eager
     def post(self, stage: Any, direction: str, microbatch: int, ops: list[Any]) -> list[Any]:
         self._meet()
         out, due = [], []
@@ -314,6 +317,7 @@ class Pipeline(Memory):
             self._due[stage.stage_index, direction, microbatch] = due
         return out
 
+    @eager
     def arrive(self, stage: Any, direction: str, microbatch: int) -> None:
         with torch.no_grad():
             for boundary, wire, x, work in self._due.pop(
