@@ -107,7 +107,7 @@ class Planning:
         era = self._era((key or op,))
         shape = tuple(x.shape) if op == ALL_REDUCE and self._goes_by_shape(scheme) else None
         how = (role, scheme, is_exact(), detail, self._kind(factor))
-        id_ = (op, key, numel, x.dtype, x.ndim > 1, shape, era, *how)
+        id_ = (op, key, numel, x.dtype, max(1, x.ndim), shape, era, *how)
         plan = self._plans.get(id_)
         if plan is not None:
             return plan
@@ -163,12 +163,13 @@ class Planning:
         """
         check_tensor(op, x, self.transport.device)
         keys, sizes = tuple(keys), tuple(sizes)
-        numels = None if numels is None else tuple(numels)
+        ndims, numels = (None if n is None else tuple(n) for n in (ndims, numels))
         if not keys:
             raise ValueError(f"{op}_segments: needs at least one key, got none")
         plain, era = is_exact(), self._era(keys)
-        shapes = shapes if self.policy.shaped else None
-        id_ = (op, keys, sizes, numels, x.dtype, role, plain, era, shapes, self._kind(factor))
+        shapes = tuple(map(tuple, shapes)) if shapes and self.policy.shaped else None
+        facts_of = (keys, sizes, ndims, numels, shapes)
+        id_ = (op, *facts_of, x.dtype, role, plain, era, self._kind(factor))
         plan = self._plans.get(id_)
         if plan is not None:
             return plan

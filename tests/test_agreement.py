@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from commlib import Communicator
+from commlib import Communicator, Policy, Scheme
 from commlib.agreement import Agreement
 from commlib.lane import Lane
+from commlib.policy import Rule
 from commlib.transport import ThreadTransport, run_ranks
 from tests.communicators import data, on_ranks, only
 
@@ -310,7 +311,7 @@ def test_the_environment_is_read_and_validated(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("how", "complaint"),
     [
-        *(({"seed": seed}, "seed is .* whole number >= 0") for seed in (1.5, "a", None, True, -1)),
+        *(({"seed": seed}, "seed is .* whole number >= 0") for seed in (1.5, "a", True, -1)),
         *(
             ({"timeout": t}, "timeout is .* seconds above 0")
             for t in (0, -1.0, float("nan"), float("inf"), "5")
@@ -322,6 +323,30 @@ def test_what_no_communicator_can_have_is_refused_at_once(how: Any, complaint: s
     (transport,) = ThreadTransport.world(1)
     with pytest.raises(ValueError, match=complaint):
         Communicator(transport, **how)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_rules_by_dimensions_know_those_of_each_call(turned: bool) -> None:
+    """As many elements under the same name, or none, are not yet the same tensor."""
+    cubes = Policy((Rule(Scheme.parse("int8"), min_ndim=3), Rule(Scheme.parse("fp32"))))
+
+    def body(c: Communicator) -> list[bool]:
+        exact = []
+        for shape in [(16, 16, 16), (64, 64)][:: -1 if turned else 1]:
+            for key in ("w", None):
+                x = data(c.rank, 4096).view(shape)
+                c.all_reduce(x, key)
+                exact.append(torch.equal(x.view(-1), data(0, 4096) + data(1, 4096)))
+        for ndims in [(3, 2), (2, 3)][:: -1 if turned else 1]:
+            x = data(c.rank, 8192)
+            c.all_reduce_segments(x, ("a", "b"), (4096, 4096), ndims)
+            same = (x == data(0, 8192) + data(1, 8192)).view(2, -1).all(1)
+            exact += same.tolist()
+        return exact
+
+    found = on_ranks(2, cubes, body)[0]
+    tensors, segments = [False, False, True, True], [False, True, True, False]
+    assert found == (tensors[::-1] + segments[2:] + segments[:2] if turned else tensors + segments)
 
 
 def test_lists_name_segments_as_tuples_do() -> None:
