@@ -79,7 +79,8 @@ class Carrier:
 
         self._runner: Runner
         if transport.device.type == "cuda":
-            self._runner = SideStream(transport.device, fail, aborted, meter.defer)
+            how = (fail, aborted, meter.defer)
+            self._runner = SideStream(transport.device, *how, timeout=timeout)
         else:
             self._runner = Worker(timeout, fail, look, transport.order)
         weakref.finalize(self, self._runner.stop)

@@ -11,6 +11,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -62,8 +63,7 @@ class Engine(Planning):
         device: torch.device | str | None = None,
         meter: Meter | None = None,
     ) -> None:
-        check_whole("seed", seed)
-        check_seconds("timeout", timeout)
+        check_settings(seed, timeout)
         given = os.environ.get("COMMLIB_POLICY") or DEFAULT_POLICY if policy is None else policy
         auto = isinstance(given, str) and given.strip() == "auto"
         self.policy = Policy.parse("fp32" if auto else given)
@@ -71,7 +71,7 @@ class Engine(Planning):
         self.transport = _transport(group, timeout, device)
         self._own = self.transport if self.transport is not group else None
         self.timeout = self.transport.timeout if timeout is None else timeout
-        self.seed = seed
+        self.seed = seed or 0
         self.meter = meter or Meter(rank=self.rank)
         self._carrier = Carrier(self.transport, self.timeout, self.meter)
         self._pool = Pool(self.transport.device, self._carrier.capturing)
@@ -326,17 +326,14 @@ class Engine(Planning):
         self._carrier.start(plan, x, flat, lambda m, t: self._reducing(m, t, flat, 1.0), False)
 
 
-def check_whole(name: str, value: object) -> None:
-    """Refuse what is no whole number of at least 0 (ValueError)."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{name} is {value!r}, it must be a whole number >= 0")
-
-
-def check_seconds(name: str, value: object) -> None:
-    """Refuse what is no time to wait (ValueError); None is somebody else's choice."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is not None and not (number and 0 < value < math.inf):  # type: ignore[operator]
-        raise ValueError(f"{name} is {value!r}, it must be a number of seconds above 0")
+def check_settings(seed: object, timeout: object) -> None:
+    """Refuse seeds and times that cannot be (ValueError); None: what it was, or the group's."""
+    whole = isinstance(seed, Integral) and not isinstance(seed, bool)
+    if seed is not None and not (whole and seed >= 0):  # type: ignore[operator]
+        raise ValueError(f"seed is {seed!r}, it must be a whole number >= 0")
+    number = isinstance(timeout, Real) and not isinstance(timeout, bool)
+    if timeout is not None and not (number and 0 < timeout < math.inf):  # type: ignore[operator]
+        raise ValueError(f"timeout is {timeout!r}, it must be a number of seconds above 0")
 
 
 def _transport(group: Any, timeout: float | None, device: torch.device | str | None) -> Transport:

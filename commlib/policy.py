@@ -368,9 +368,19 @@ def _scheme(value: object) -> Scheme:
     return Scheme.parse(value)
 
 
+def _once(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A table whose names are there once; JSON itself takes the last."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{where}: {twice!r} is given twice")
+    return table
+
+
 def _read_json(text: str, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=functools.partial(_once, where))
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
     if not isinstance(value, dict):

@@ -41,7 +41,7 @@ class SideStream:
 
     aborted(): whether the communicator is, so that nothing may be waited for. defer(done, finish):
     calls `finish` some time after `done()` has become true. cuda: torch.cuda, or what tests put in
-    its place.
+    its place. timeout: seconds an exchange may take; None: the group's.
     """
 
     idle = True  # nothing is ever queued on the host
@@ -53,8 +53,9 @@ class SideStream:
         aborted: Callable[[], bool],
         defer: Defer,
         cuda: Any = torch.cuda,
+        timeout: float | None = None,
     ) -> None:
-        self.device = device
+        self.device, self._timeout = device, timeout
         self._fail, self._aborted, self._defer, self._cuda = fail, aborted, defer, cuda
         self._stream = cuda.Stream(device, priority=PRIORITY)
 
@@ -101,7 +102,9 @@ class SideStream:
         """Make the current stream wait for an exchange."""
         pending.wait()
 
-    watch = attend
+    def watch(self, pending: Pending) -> None:
+        """Like `attend`, for an exchange that the host reads next: it fails after the timeout."""
+        pending.wait(self._timeout)
 
     @contextmanager
     def fork(self) -> Iterator[None]:

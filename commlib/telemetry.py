@@ -175,7 +175,8 @@ class Meter:
         if bound is None:
             bound = REMARKABLE * typical_error(text)
         with self._lock:
-            self._errors[name, text] = rel_err
+            self._errors.pop((name, text), None)
+            self._errors[name, text] = rel_err  # the last of all: what `scalars` has of a key
             self._write(key=key, scheme=text, rel_err=rel_err if math.isfinite(rel_err) else None)
             new = rel_err > bound and (name, text) not in self._warned
             if new:
@@ -246,7 +247,7 @@ class Meter:
         }
         with self._lock:
             out |= {
-                f"commlib/rel_err/{key or 'anonymous'}": error
+                f"commlib/rel_err/{key or '(anonymous)'}": error
                 for (key, _), error in self._errors.items()
             }
             out["commlib/not_compressed"] = float(sum(map(len, self._plain.values())))

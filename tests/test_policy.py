@@ -213,6 +213,8 @@ def test_it_is_a_value_that_copies_and_pickles() -> None:
         ("int9+ef", ["codec 'int9'"]),
         ("", ["empty"]),
         ("{not json", ["policy text is not JSON"]),
+        ('{"rules": [{"scheme": "int8", "scheme": "fp32"}]}', ["'scheme' is given twice"]),
+        ('{"rules": [{"scheme": "int8"}], "rules": []}', ["'rules' is given twice"]),
         (8, ["a policy is a scheme text", "got 8"]),
         ({"rule": []}, ["unknown policy field 'rule'", "did you mean 'rules'"]),
         ({}, ["rules=None"]),

@@ -48,7 +48,10 @@ def test_scalars_are_flat_numbers() -> None:
     meter = Meter()
     meter.record("all_reduce", "w", INT4, 400, 50, 0.5)
     meter.record("all_reduce", None, "fp32", 100, 150, 0.5)
-    meter.record_error("w", INT4, 0.1)
+    for scheme, error in (("int8", 0.01), (INT4, 0.3), ("int8", 0.02), (INT4, 0.1)):
+        meter.record_error("w", scheme, error)
+    meter.record_error("w", "int8", 0.03)  # the last, whichever came first
+    meter.record_error(None, INT4, 0.2)
     meter.not_compressed("b", "float64")
     assert meter.scalars() == {
         "commlib/calls": 2.0,
@@ -56,7 +59,8 @@ def test_scalars_are_flat_numbers() -> None:
         "commlib/wire_bytes": 200.0,
         "commlib/seconds": 1.0,
         "commlib/ratio": 2.5,
-        "commlib/rel_err/w": 0.1,
+        "commlib/rel_err/w": 0.03,
+        "commlib/rel_err/(anonymous)": 0.2,
         "commlib/not_compressed": 1.0,
     }
 

@@ -59,6 +59,10 @@ class Options:
             Policy.parse(self.policy)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             raise ValueError(f"seed is {self.seed!r}, it must be a whole number >= 0")
+        if self.timeout is not None and not isinstance(self.timeout, timedelta):
+            from commlib.engine import check_settings
+
+            check_settings(None, self.timeout)
         if self._timeout is not None and self._timeout <= timedelta(0):
             raise ValueError(f"timeout is {self.timeout!r}, it must be positive")
 

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commlib.communicator import Communicator
 from commlib.eager import eager
+from commlib.engine import check_settings
 from commlib.integrations import channel
 from commlib.integrations.autoplan import AutoPlanner
 from commlib.integrations.ddp_refusals import (
@@ -310,6 +311,7 @@ class DDPState(State):
     def _reconfigure(
         self, policy: PolicyLike | None, seed: int | None, timeout: float | None
     ) -> None:
+        check_settings(seed, timeout)  # before anything is changed
         if policy is not None and not (self._auto_plans() and parsed(policy) == self.policy):
             self._replanner = None
         if policy is not None and parsed(policy) != self.policy:

@@ -32,7 +32,7 @@ def parse(policy: PolicyLike | None, backward: PolicyLike | None) -> Policy:
             return parse(named, backward)
         except ValueError as error:
             raise ValueError(f"COMMLIB_POLICY={named!r}, and wrap got none: {error}") from error
-    forward = _parsed(policy or DEFAULT)
+    forward = _parsed(DEFAULT if policy is None else policy)
     if backward is None and not _is_scheme(forward):
         _refuse(forward, *ROLES.values())
         return forward

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from commlib.communicator import Communicator
+from commlib.engine import check_settings
 from commlib.integrations import channel
 from commlib.integrations.fits import check_fits
 from commlib.integrations.ranked import MODEL, Ranks, in_world, ranked, unranked
@@ -41,7 +42,9 @@ class State:
     def __init__(
         self, policy: PolicyLike | None = None, *, seed: int = 0, timeout: float | None = None
     ) -> None:
-        self.policy: Policy | str = parsed(policy or os.environ.get("COMMLIB_POLICY") or DEFAULT)
+        check_settings(seed, timeout)
+        given = os.environ.get("COMMLIB_POLICY") or DEFAULT if policy is None else policy
+        self.policy: Policy | str = parsed(given)
         self.seed = seed
         self.timeout = timeout
         self._communicators: dict[str, Communicator] | None = None
@@ -205,6 +208,7 @@ class State:
         self, policy: PolicyLike | None, seed: int | None, timeout: float | None
     ) -> None:
         """What is not given stays; residuals stay unless the policy changes."""
+        check_settings(seed, timeout)
         new = self.policy if policy is None else parsed(policy)
         if new != self.policy:
             self._saved = None

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from commlib.engine import check_settings
 from commlib.integrations import ddp, fsdp
 from commlib.integrations.ddp import DDPState
 from commlib.integrations.fsdp import FSDPState
@@ -102,6 +103,7 @@ def wrap_pipeline(
         the schedule. RuntimeError: ranks disagree. Then all is as it was.
     """
     stages, schedule = _parts(thing)
+    check_settings(seed, timeout)
     old: Any = getattr(stages[0], "commlib_ports", None)
     if old is not None and policy is None and backward is None:
         parsed = old.policy

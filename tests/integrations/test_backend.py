@@ -92,6 +92,9 @@ def test_options() -> None:
         ({"seed": -1}, "seed is -1"),
         ({"seed": True}, "whole number"),
         ({"timeout": 0}, "timeout is 0"),
+        ({"timeout": float("inf")}, "timeout is inf"),
+        ({"timeout": "5"}, "timeout is '5'"),
+        ({"timeout": datetime.timedelta(0)}, "must be positive"),
     ],
 )
 def test_bad_options(arguments: dict[str, Any], words: str) -> None:

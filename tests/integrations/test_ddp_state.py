@@ -7,6 +7,7 @@ import importlib
 import io
 import logging
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -122,6 +123,17 @@ def wrap_again() -> None:
     backward(plain, 9)
     assert relative(gradients(model), gradients(plain)) < 1e-6
     raises(ValueError, "int9")(lambda: commlib.wrap(model, "int9+ef"))
+    # what is refused changes nothing
+    commlib.wrap(model, "int4+ef")
+    train(model, 2)
+    before = residuals(model)
+    for how, words in (({"seed": -1}, "seed is -1"), ({"timeout": 0}, "timeout is 0")):
+        raises(ValueError, words)(partial(commlib.wrap, model, "int8", **how))
+        raises(ValueError, words)(partial(DDPState, "int8", **how))
+    raises(ValueError, "empty")(lambda: commlib.wrap(model, ""))
+    assert str(commlib.of(model).policy) == str(commlib.Policy.parse("int4+ef"))
+    assert all(torch.equal(before[path], x) for path, x in residuals(model).items())
+    train(model, 1)
 
 
 def copies_lose_the_hook_and_get_it_back() -> None:
