@@ -17,10 +17,21 @@ sampling after 1290 steps (`python -m bench.pipelines`).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from numbers import Integral
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    Sampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 class LazySampler:
@@ -38,7 +49,8 @@ class LazySampler:
             first step of an epoch always does.
         seed: the same on every stage.
 
-    Raises: ValueError: fresh_prob or batch_size out of range, less than one batch, a RandomSampler.
+    Raises: ValueError: fresh_prob or batch_size out of range, less than one batch, a sampler whose
+            order every stage draws for itself.
     """
 
     def __init__(
@@ -50,11 +62,16 @@ class LazySampler:
     ) -> None:
         if not 0 < fresh_prob <= 1:
             raise ValueError(f"LazySampler: fresh_prob={fresh_prob}; allowed: above 0, up to 1")
-        if isinstance(source, RandomSampler):
+        if isinstance(source, RANDOM):
             raise ValueError(
-                "LazySampler: every stage's RandomSampler has another order; give the dataset's "
-                "size, and it is shuffled here, alike on all stages"
+                f"LazySampler: every stage's {type(source).__name__} has another order; give the "
+                "dataset's size, and it is shuffled here, alike on all stages"
             )
+        if isinstance(source, BatchSampler):
+            raise ValueError("LazySampler: source is a BatchSampler; batches are made here")
+        for name, value in (("batch_size", batch_size), ("seed", seed)):
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"LazySampler: {name}={value!r}; allowed: whole numbers")
         size = source if isinstance(source, int) else len(source)  # type: ignore[arg-type]
         if not 1 <= batch_size <= size:
             raise ValueError(
@@ -90,6 +107,9 @@ class LazySampler:
 
         Raises: ValueError: the saved sampler had another order.
         """
+        missing = {"epoch", "step", *self._order()} - state.keys()
+        if missing:
+            raise ValueError(f"LazySampler: no state of one, it lacks {', '.join(sorted(missing))}")
         saved = {name: state[name] for name in self._order()}
         if saved != self._order():
             raise ValueError(f"LazySampler: the state is of {saved}, this one is {self._order()}")

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import Dataset, DistributedSampler, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    Dataset,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 import commlib
 from commlib.lazy import LazyLoader, LazySampler
@@ -124,8 +132,21 @@ def test_what_is_refused() -> None:
     for size in (0, 11):
         with pytest.raises(ValueError, match=f"batch_size={size}; allowed: 1 to 10, the samples"):
             LazySampler(10, size)
-    with pytest.raises(ValueError, match="every stage's RandomSampler has another order; give"):
-        LazySampler(RandomSampler(range(10)), 2)
+    for source in (
+        RandomSampler(range(10)),
+        SubsetRandomSampler(range(10)),
+        WeightedRandomSampler([1.0] * 10, 10),
+    ):
+        name = type(source).__name__
+        with pytest.raises(ValueError, match=f"every stage's {name} has another order; give"):
+            LazySampler(source, 2)
+    with pytest.raises(ValueError, match="source is a BatchSampler; batches are made here"):
+        LazySampler(BatchSampler(range(10), 2, False), 2)  # type: ignore[arg-type]
+    for how in ({"batch_size": 2.5}, {"batch_size": True}, {"batch_size": 2, "seed": -1}):
+        with pytest.raises(ValueError, match=r"(batch_size|seed)=.*; allowed: whole numbers"):
+            LazySampler(10, **how)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no state of one, it lacks batch_size, epoch, "):
+        LazySampler(10, 2).load_state_dict({})
     state = LazySampler(10, 2, seed=1).state_dict()
     for other in (LazySampler(10, 2), LazySampler(12, 2, seed=1), LazySampler(10, 5, seed=1)):
         with pytest.raises(ValueError, match=r"the state is of .*'seed': 1}, this one is"):
