@@ -29,6 +29,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from commlib.optim.coded import Coded, resolved
+from commlib.optim.fragments import check_plain
 from commlib.optim.rules import Add, Rule
 from commlib.scheme import Role, Scheme
 from commlib.stamp import crc
@@ -339,13 +340,14 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, named: Iterable[tuple[str, torch.Tensor]]) -> Shape:
-        """Of named tensors. ValueError: none, several dtypes, or not on the CPU."""
+        """Of named tensors. ValueError: none, several dtypes, parts, or not on the CPU."""
         pairs = list(named)
         dtypes = {str(tensor.dtype) for _, tensor in pairs}
         if len(dtypes) != 1:
             found = " and ".join(sorted(dtypes)) or "none"
             raise ValueError(f"parameters of a centre are {found}, allowed: some, of one dtype")
         for name, tensor in pairs:
+            check_plain(f"parameter {name!r}", tensor)
             if tensor.device.type != "cpu":
                 raise ValueError(
                     f"parameter {name!r} is on {tensor.device}, allowed: the CPU, where centres "

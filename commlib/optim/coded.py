@@ -17,6 +17,7 @@ import torch
 
 from commlib import stamp
 from commlib.algorithms import PowerSGD
+from commlib.eager import eager
 from commlib.feedback import Compressor, Plain
 from commlib.modes import OF_PIPELINES
 from commlib.scheme import DTYPES, Role, Scheme, check_fixed_size
@@ -71,6 +72,7 @@ class Coded:
         """Bytes of a message."""
         self._digest = stamp.digest(f"{scheme} {name}")
 
+    @eager
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Flat `x` as the next message; what its receiver will decode."""
         wire = torch.zeros(self.nbytes, dtype=torch.uint8)
@@ -83,6 +85,7 @@ class Coded:
         stamp.seal(wire, self._digest, self.number)
         return wire, self._decoded(wire)
 
+    @eager
     def decode(self, wire: torch.Tensor) -> torch.Tensor:
         """What the next message holds, flat.
 

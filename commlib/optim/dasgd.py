@@ -31,6 +31,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from commlib.eager import eager
 from commlib.optim.center import flat, spread
 from commlib.optim.link import Link, check_order, check_takes
 from commlib.optim.rules import Takes
@@ -155,6 +156,7 @@ class DASGD:
         oldest = self.oldest
         return 0 if oldest is None else self.link.version - oldest
 
+    @eager
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Push `p.grad`, made on the copy; pull, and write the parameters; what `closure` returned.
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from commlib.eager import eager
 from commlib.optim.center import flat, spread
 from commlib.optim.easgd import check_params, params_of
 from commlib.optim.fragments import check_none_added
@@ -53,6 +54,7 @@ class Downpour:
         self.steps = 0
         self._begin()
 
+    @eager
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """A push where it is time, and the optimizer's step; what `closure` returned.
 
@@ -69,6 +71,7 @@ class Downpour:
         self.steps += 1
         return loss
 
+    @eager
     def exchange(self) -> None:
         """Push what is not pushed yet, and begin anew: where it is time, and after the last step.
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from commlib.eager import eager
 from commlib.optim.center import flat, spread
 from commlib.optim.fragments import check_none_added, check_steps_alone
 from commlib.optim.link import End, check_additive, check_order, check_takes
@@ -122,6 +123,7 @@ class EASGD:
         self.steps = 0
         spread(center.copy, self._params)
 
+    @eager
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """An exchange where it is time, and the optimizer's step; what `closure` returned.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from commlib.eager import eager
 from commlib.optim.members import LeftOut, Members
 from commlib.optim.outer import OPTIONS, Outer, Sync
 from commlib.optim.ticks import check_count
@@ -110,6 +111,7 @@ class ElasticDiLoCo(Outer):
         self._joined = False
         self.finish()
 
+    @eager
     @torch.no_grad()
     def tick(self) -> None:
         """As `Outer.tick`; a worker that was left out is let in again before it returns.

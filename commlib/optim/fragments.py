@@ -76,6 +76,7 @@ def named(
                 f"{who}: {name!r} is {first[id(parameter)]!r} once more: leave it out, as "
                 "model.named_parameters() does"
             )
+        check_plain(f"{who}: {name!r}", parameter)
         if parameter.dtype != torch.float32:
             raise ValueError(f"{who}: {name!r} is {parameter.dtype}, allowed: torch.float32")
         if parameter.device != device:
@@ -94,6 +95,15 @@ def named(
                 "are not among those given: they would differ from rank to rank for good"
             )
     return pairs
+
+
+def check_plain(what: str, tensor: torch.Tensor) -> None:
+    """Refuse a DTensor (ValueError): of FSDP2 and tensor parallel, whose ranks hold parts."""
+    if hasattr(tensor, "placements"):
+        raise ValueError(
+            f"{what} is a DTensor (fully_shard, tensor parallel), of which every rank holds a "
+            "part; allowed: plain tensors, whole on every rank"
+        )
 
 
 def trained(inner: torch.optim.Optimizer) -> int:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from commlib.eager import eager
 from commlib.optim.fragments import check_none_added, cut, named, needs_closure, trained
 from commlib.optim.pprs import check_number
 from commlib.optim.ticks import check_count
@@ -106,6 +107,7 @@ class Outer(ABC):
         """The shared model, the same bits on all ranks, by name; do not change it."""
         return dict(self._named(self._theta))
 
+    @eager
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """A step of the inner optimizer, and `tick`; what the former returned.
 
@@ -127,6 +129,7 @@ class Outer(ABC):
         self.tick()
         return loss
 
+    @eager
     @torch.no_grad()
     def tick(self) -> None:
         """Count an inner step; apply the exchanges that are due, begin those whose turn it is.
@@ -144,6 +147,7 @@ class Outer(ABC):
                 self._flights.append(self._begin(k))
         self._land(self.steps)
 
+    @eager
     @torch.no_grad()
     def finish(self) -> None:
         """Apply what is under way, then W <- theta: all ranks have the same model.

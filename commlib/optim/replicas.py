@@ -17,6 +17,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from commlib.communicator import Communicator
+from commlib.eager import eager
+from commlib.optim.fragments import check_plain
 
 
 def check_communicator(what: str, given: object) -> None:
@@ -108,6 +110,7 @@ class Replicas(torch.optim.Optimizer):
         self._ndims = tuple(one.parameter.ndim for one in self._named())
 
     @torch.no_grad()
+    @eager
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step, on all ranks together; what `closure`, called first, returned.
 
@@ -224,6 +227,7 @@ class Replicas(torch.optim.Optimizer):
                 "remembered of them goes by name"
             )
         for key, parameter in zip(group["param_names"], group["params"], strict=True):
+            check_plain(f"{name}: {key!r}", parameter)
             if parameter.dtype not in self.dtypes:
                 allowed = " or ".join(str(dtype) for dtype in self.dtypes)
                 raise ValueError(f"{name}: {key!r} is {parameter.dtype}, allowed: {allowed}")
